@@ -1,0 +1,1 @@
+"""Latent diffusion models: configs, training and sampling."""

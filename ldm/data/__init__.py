@@ -1,0 +1,1 @@
+"""Data sets and the data module that serves them."""

@@ -1,0 +1,158 @@
+"""The data of a training, built from a config.
+
+Owns which loaders there are and how they are set up; the order of items and its position are in `loading`. Knows no model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sized
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ldm.data.loading import ResumableLoader
+from ldm.util import ConfigError, instantiate_from_config, plain
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test", "predict")
+
+
+class WrappedDataset(Dataset):
+    """Makes a Dataset of anything that has `__len__` and `__getitem__`."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.data = dataset
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+def seed_worker(worker_id: int) -> None:
+    """Worker init function: numpy's generator follows torch's, which differs in every worker."""
+    import random
+
+    import numpy as np
+
+    seed = torch.initial_seed() % 2**32
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+class DataModuleFromConfig(pl.LightningDataModule):
+    """Loaders for the splits that a config names, each `{target, params}`.
+
+    The training order is a pure function of (seed, epoch); its position is part of every checkpoint, so a resumed training sees
+    exactly the batches that were still to come. A split without config has no loader.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,  # items a batch of one device
+        train: Any = None,
+        validation: Any = None,
+        test: Any = None,
+        predict: Any = None,
+        wrap: bool = False,  # put every data set into WrappedDataset
+        num_workers: int | None = None,  # None: two for every item of a batch, at most one a core
+        shuffle_test_loader: bool = False,
+        use_worker_init_fn: bool = False,  # seed numpy in the workers (iterable data sets; others are seeded item by item)
+        shuffle_val_dataloader: bool = False,
+        shuffle_train: bool = True,
+        drop_last: bool = False,  # leave out the last training batch of an epoch when it is not full
+        pin_memory: bool = False,
+        seed: int | None = None,  # of the order; None: that of the run
+    ) -> None:
+        super().__init__()
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"data.params.batch_size is {batch_size!r}: it must be a whole number from 1 on")
+        self.batch_size = batch_size
+        self.num_workers = min(2 * batch_size, os.cpu_count() or 1) if num_workers is None else num_workers
+        configs = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.dataset_configs = {name: plain(config) for name, config in configs.items() if config is not None}
+        self.wrap, self.use_worker_init_fn, self.pin_memory = wrap, use_worker_init_fn, pin_memory
+        self.shuffle = {"train": shuffle_train, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
+        self.drop_last, self.seed = drop_last, seed
+        self.datasets: dict[str, Any] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._resume_from: dict[str, int] | None = None
+        for split, hook in zip(SPLITS, ("train", "val", "test", "predict"), strict=True):
+            if split in self.dataset_configs:
+                setattr(self, f"{hook}_dataloader", self._loader_of(split))
+
+    def _loader_of(self, split: str) -> Callable[[], Any]:
+        return lambda: self.loader(split)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the data sets (once)."""
+        for split, config in self.dataset_configs.items():
+            if split not in self.datasets:
+                dataset = instantiate_from_config(config)
+                self.datasets[split] = WrappedDataset(dataset) if self.wrap else dataset
+                size = len(dataset) if isinstance(dataset, Sized) else "endless"
+                log.info("data %s: %s, %s items", split, type(dataset).__name__, size)
+
+    def loader(self, split: str) -> DataLoader:
+        """A loader for one of the splits that the config names."""
+        self.setup()
+        dataset = self.datasets[split]
+        options = {"num_workers": self.num_workers, "pin_memory": self.pin_memory}
+        init = seed_worker if self.use_worker_init_fn else None
+        if isinstance(dataset, IterableDataset):
+            if split == "train":
+                log.info("the training data is a stream: a resumed training starts it anew")
+            return DataLoader(dataset, batch_size=self.batch_size, worker_init_fn=init, **options)
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        if len(dataset) == 0:
+            raise ConfigError(f"the data set of data.params.{split} is empty")
+        loader = ResumableLoader(
+            dataset,
+            self.batch_size,
+            seed=self._order_seed(),
+            shuffle=self.shuffle.get(split, False),
+            drop_last=self.drop_last and split == "train",
+            rank=rank,
+            world=world,
+            same_epoch=split != "train",
+            worker_init_fn=init,
+            **options,
+        )
+        if split == "train":
+            self._train_loader = loader
+            if self._resume_from is not None:
+                self._check_resumed(loader)
+                loader.load_state_dict(self._resume_from)
+        return loader
+
+    def _order_seed(self) -> int:
+        if self.seed is None:
+            self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # what seed_everything was given
+        return self.seed
+
+    def _check_resumed(self, loader: ResumableLoader) -> None:
+        state, now = self._resume_from or {}, loader.state_dict()
+        for key in ("global_batch", "seed", "length"):
+            if state[key] != now[key]:
+                log.warning("data: the checkpoint was made with %s %s, now it is %s: the order differs", key, state[key], now[key])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training is in its data."""
+        if self._train_loader is None:
+            return {}
+        state = self._train_loader.state_dict()
+        if self.trainer is not None and state["batches"] >= self.trainer.num_training_batches:  # limit_train_batches
+            state["epoch"], state["batches"] = state["epoch"] + 1, 0
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Remember where to go on; the next training loader starts there."""
+        self._resume_from = state or None
+        if self._train_loader is not None and state:
+            self._train_loader.load_state_dict(state)

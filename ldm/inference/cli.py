@@ -1,0 +1,142 @@
+"""The shell around a run: parse, check, draw, write, and say what was done. Exit code 2 and one line for anything the user can mend."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm.inference.args import Options, parse
+from ldm.inference.output import OutputFolder, command_line
+from ldm.util import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ldm.inference.session import Picture
+
+log = logging.getLogger(__name__)
+
+
+def say(line: str) -> None:
+    """One line for the user, on standard output."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Run, and turn what the user can mend into `error: ...` and exit code 2."""
+    try:
+        run()
+    except UserError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+    return 0
+
+
+def main(task: str, argv: Sequence[str] | None = None) -> int:
+    """txt2img or img2img with `argv` (default: the command line); gives the exit code."""
+    return guarded(lambda: draw(parse(task, argv)))
+
+
+@dataclass
+class Summary:
+    """What a run left behind."""
+
+    samples: list[Path] = field(default_factory=list)
+    grid: Path | None = None
+    drawn: int = 0
+    flagged: int = 0
+    unreadable: int = 0
+    too_small: int = 0
+
+
+def draw(options: Options) -> Summary:
+    """Draw all of `options`, write files, and say what was done."""
+    began = time.perf_counter()
+    logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    folder = OutputFolder(options.outdir)
+    folder.check(options.H * options.W * 3)
+    if not options.verbose:
+        _hush()
+    from ldm.inference.session import Session
+
+    session = Session(options, progress=True)
+    summary = Summary()
+    images: list[np.ndarray] = []
+    first: Picture | None = None
+    for batch in session.batches():
+        for picture in session.pictures(batch):
+            _count(picture, summary)
+            if not options.skip_save:
+                summary.samples.append(folder.save_sample(picture.image, picture.texts))
+            if not options.skip_grid:
+                images.append(picture.image)
+                first = first or picture
+    if first is not None and not options.reproduce:
+        from ldm.imaging import image_grid
+
+        summary.grid = folder.save_grid(image_grid(images, options.columns), {"parameters": first.texts["parameters"]})
+    _report(options, summary, time.perf_counter() - began)
+    return summary
+
+
+def _hush() -> None:
+    """Silence what libraries say on import that no user of a picture needs."""
+    import warnings
+
+    for name in ("pytorch_lightning", "lightning.pytorch", "transformers", "open_clip"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _count(picture: Picture, summary: Summary) -> None:
+    summary.drawn += 1
+    if picture.flagged:
+        summary.flagged += 1
+        assert picture.verdict is not None
+        log.warning("picture %d: flagged by the safety check (score %+.3f)", summary.drawn, max(picture.verdict.scores))
+    if picture.mark == "unreadable":
+        summary.unreadable += 1
+        log.warning("picture %d: its watermark cannot be read back", summary.drawn)
+    if picture.mark == "too small":
+        if summary.too_small == 0:
+            log.warning("no watermark: it needs pictures of at least 256x256 pixels")
+        summary.too_small += 1
+
+
+def _report(options: Options, summary: Summary, seconds: float) -> None:
+    if summary.samples:
+        names = str(summary.samples[0]) if len(summary.samples) == 1 else f"{summary.samples[0]} ... {summary.samples[-1].name}"
+        say(f"samples: {names}")
+    if summary.grid is not None:
+        say(f"grid: {summary.grid}")
+    told = [f"{summary.drawn} picture{'s' if summary.drawn != 1 else ''} in {seconds:.1f} s"]
+    if options.safety == "off":
+        told.append("no safety check")
+    else:
+        told.append(f"{summary.flagged} flagged by the safety check" + (" and replaced" * (summary.flagged > 0 and options.safety == "card")))
+    if options.watermark == "none" or summary.too_small == summary.drawn:
+        told.append("no watermark")
+    else:
+        told.append(f"{summary.unreadable} without a readable watermark")
+    say(", ".join(told))
+    say(f"again: {again(options)}")
+
+
+def again(options: Options) -> str:
+    """The command line that draws the same pictures, whatever the defaults become."""
+    script = f"scripts/{options.task}.py"
+    if options.reproduce:
+        return command_line(script, {"reproduce": options.reproduce, "outdir": options.outdir})
+    pinned = {name: getattr(options, name) for name in ("sampler", "steps", "scale", "H", "W", "seed", "n_samples", "n_iter")}
+    source = {} if options.from_file else {"prompt": options.prompt}
+    return command_line(script, {**source, **options.given, **pinned})

@@ -1,0 +1,199 @@
+"""Where finished pictures go: numbered files that never replace another, whole or not at all, with all it takes to draw them again.
+
+Owns the output folder, PNG metadata (both ways) and the command line that repeats a run. Knows no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from ldm.util import UserError
+
+METADATA_KEY = "ldm_metadata"
+_FORMAT = 1  # of the metadata; a reader refuses others
+
+
+class OutputFolder:
+    """`outdir/samples/00000.png ...` and `outdir/grid-0000.png ...`, each at the next free number."""
+
+    def __init__(self, outdir: str | Path) -> None:
+        """Make the folders. Raises `UserError` when they cannot be made."""
+        self.root = Path(outdir)
+        self.samples = self.root / "samples"
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output folder {str(outdir)!r} cannot be made: {error.strerror}; choose another by --outdir") from None
+
+    def check(self, n_bytes: int) -> None:
+        """Write and remove a file of `n_bytes` in both folders, so that a read-only or full one is found before the work."""
+        for folder in (self.root, self.samples):
+            with _told(folder):
+                os.unlink(_write_temporary(folder, b"\0" * n_bytes))
+
+    def save_sample(self, image: np.ndarray, texts: Mapping[str, str] | None = None) -> Path:
+        """uint8 (H, W, 3) to the next samples/NNNNN.png."""
+        return _save(self.samples, "", 5, image, texts)
+
+    def save_grid(self, image: np.ndarray, texts: Mapping[str, str] | None = None) -> Path:
+        """uint8 (H, W, 3) to the next grid-NNNN.png."""
+        return _save(self.root, "grid-", 4, image, texts)
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output folder {str(folder)!r} cannot be written: {error.strerror}; choose another by --outdir") from None
+
+
+def _save(folder: Path, prefix: str, digits: int, image: np.ndarray, texts: Mapping[str, str] | None) -> Path:
+    with _told(folder):
+        temporary = _write_temporary(folder, png_bytes(image, texts))
+        try:
+            number = _next_number(folder, prefix)
+            while True:
+                path = folder / f"{prefix}{number:0{digits}}.png"
+                if _move_without_replacing(temporary, path):
+                    return path
+                number += 1  # another process took it
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _next_number(folder: Path, prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.[A-Za-z]+")
+    matches = (pattern.fullmatch(name) for name in os.listdir(folder))
+    return 1 + max((int(match[1]) for match in matches if match), default=-1)
+
+
+def _write_temporary(folder: Path, data: bytes) -> str:
+    """A complete, flushed file beside its final place; nothing stays behind when writing fails."""
+    handle, name = tempfile.mkstemp(prefix=".part-", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files
+    except BaseException:
+        os.unlink(name)
+        raise
+    return name
+
+
+def _move_without_replacing(temporary: str, path: Path) -> bool:
+    """False where `path` is taken. A hard link fails on an existing name; where links are not to be had, reserve the name."""
+    try:
+        os.link(temporary, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # a file system without hard links
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    os.replace(temporary, path)
+    return True
+
+
+def png_bytes(image: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
+    """uint8 (H, W, 3) as PNG with text chunks."""
+    info = PngInfo()
+    for key, value in (texts or {}).items():
+        info.add_text(key, value)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------- metadata
+def metadata_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The PNG text chunks of one picture: `parameters` as other programs read it, and everything as JSON (ASCII)."""
+    document = {"format": _FORMAT, **metadata}
+    return {"parameters": parameters_text(metadata), METADATA_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
+
+
+def parameters_text(metadata: Mapping[str, Any]) -> str:
+    """The A1111 form: prompt, `Negative prompt: ...`, and a last line of `Key: value` pairs."""
+    options = metadata["options"]
+    pairs = {
+        "Steps": options["steps"],
+        "Sampler": {"ddim": "DDIM", "plms": "PLMS"}.get(options["sampler"], options["sampler"]),
+        "CFG scale": f"{options['scale']:g}",
+        "Seed": metadata["seed"],
+        "Size": f"{options['W']}x{options['H']}",
+        "Model hash": metadata["model"]["sha256"][:10],
+        "Model": Path(metadata["model"]["ckpt"]).stem,
+    }
+    if options.get("strength") is not None:
+        pairs["Denoising strength"] = f"{options['strength']:g}"
+    if options.get("ddim_eta"):
+        pairs["Eta"] = f"{options['ddim_eta']:g}"
+    pairs["RNG"] = "CPU"
+    pairs["Version"] = f"ldm {metadata['versions']['ldm']}"
+    lines = [metadata["prompt"]]
+    if metadata.get("negative_prompt"):
+        lines.append(f"Negative prompt: {metadata['negative_prompt']}")
+    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items())])
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[,:\n]", text) else text
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The JSON that `metadata_texts` wrote into a PNG. Raises `UserError` when there is none or it is not ours."""
+    name = repr(str(path))
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+    except FileNotFoundError:
+        raise UserError(f"picture {name} does not exist") from None
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise UserError(f"picture {name} cannot be read: {error}") from None
+    if text is None:
+        raise UserError(f"picture {name} has no {METADATA_KEY}: it was not drawn by this program, or its metadata was stripped (grids have none: name a file of samples/)")
+    try:
+        metadata = json.loads(text)
+        if metadata["format"] != _FORMAT:
+            raise UserError(f"picture {name} has metadata of format {metadata['format']!r}; this version reads {_FORMAT}")
+        valid = isinstance(metadata["options"], dict) and isinstance(metadata["batch"], dict)
+    except (KeyError, TypeError, json.JSONDecodeError):
+        valid = False
+    if not valid:
+        raise UserError(f"the {METADATA_KEY} of picture {name} is damaged")
+    return metadata
+
+
+def command_line(script: str, flags: Mapping[str, Any]) -> str:
+    """A line for the shell that gives `flags` to `script`."""
+    words: list[str] = ["python", script]
+    for name, value in flags.items():
+        if value is True:
+            words.append("--" + name)
+        elif value is not None and value is not False:
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                words.append(f"--{name}={item}" if str(item).startswith("-") else f"--{name}")
+                words += [] if str(item).startswith("-") else [str(item)]
+    return shlex.join(words)

@@ -1,0 +1,110 @@
+"""Which name a tensor has in a file, and which in a model. Pure: knows names, shapes of lists, no files and no modules.
+
+One canonical spelling: that of published latent-diffusion checkpoints. Known other spellings: the prefixes of wrappers (`module.`,
+`_orig_mod.`), and CLIP text encoders without the level `text_model.` (transformers since 5.6, and some converted files).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+# Derived from the noise schedule, so always computed from the config.
+SCHEDULE_BUFFERS = frozenset(
+    (
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "lvlb_weights",
+    )
+)
+# Empty tensors by which other tools mark a file: prediction of v, zero terminal SNR.
+MARKERS = frozenset(("v_pred", "ztsnr"))
+# (names of averaged weights, names of the weights they average); "" is a model that averages itself (an autoencoder).
+EMA_PAIRS = (("model_ema.", "model."), ("model_ema.", ""), ("cond_stage_ema.", "cond_stage_model."))
+_EMA_STATE = ("decay", "num_updates")
+# Names that may be on one side only, because nothing that is drawn depends on them.
+_HARMLESS = re.compile(
+    r"(^|\.)(position_ids|loss\..*|logvar|colorize|denoiser\.sigmas|model\.attn_mask|(model_ema|cond_stage_ema)\.(decay|num_updates))$"
+)
+_WRAPPERS = ("module.", "_orig_mod.")
+_FLAT_CLIP = re.compile(r"(^|\.)transformer\.(?=(embeddings|encoder\.layers|final_layer_norm)\.)")
+
+
+def is_harmless(name: str) -> bool:
+    """May `name` be missing from a file, or be there in vain?"""
+    return name in SCHEDULE_BUFFERS or name in MARKERS or _HARMLESS.search(name) is not None
+
+
+def is_ema_state(name: str) -> bool:
+    """Is it the decay or the counter of a moving average, rather than a weight?"""
+    return any(name == prefix + state for prefix, _ in EMA_PAIRS for state in _EMA_STATE)
+
+
+def published(name: str) -> str:
+    """The canonical spelling of `name`."""
+    return _FLAT_CLIP.sub(r"\1transformer.text_model.", unwrapped(name))
+
+
+def unwrapped(name: str) -> str:
+    """`name` without the prefixes and levels that DDP and torch.compile add."""
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name.replace("._orig_mod.", ".")
+
+
+def match(names: Iterable[str], own: Collection[str]) -> dict[str, str]:
+    """Name in the file -> name in the model, for every name in the file; names the model does not know stay as they are."""
+    found = {}
+    for name in names:
+        spellings = (name, unwrapped(name), published(name), unwrapped(name).replace("text_model.", ""))
+        found[name] = next((s for s in spellings if s in own), published(name))
+    return found
+
+
+def shadows(names: Collection[str], ema_prefix: str, source_prefix: str) -> dict[str, str]:
+    """Weight -> name of its moving average: the path without its dots (and without `text_model`, which live models may lack)."""
+    table = {}
+    for name in names:
+        if name.startswith(source_prefix) and not any(name.startswith(prefix) for prefix, _ in EMA_PAIRS):
+            path = name[len(source_prefix) :].replace("text_model.", "")
+            table[name] = ema_prefix + path.replace(".", "")
+    return table
+
+
+def ema_tables(own: Collection[str], in_file: Collection[str]) -> list[dict[str, str]]:
+    """For every moving average that the model or the file has: weight -> name of its average."""
+    present = set(own) | set(in_file)
+    weights = {n for n in present if not is_ema_state(n)}
+    tables, done = [], set()
+    for ema_prefix, source_prefix in EMA_PAIRS:
+        if ema_prefix in done:
+            continue
+        table = {w: s for w, s in shadows(weights, ema_prefix, source_prefix).items() if s in present}
+        if table:
+            tables.append(table)
+            done.add(ema_prefix)
+    return tables
+
+
+def summary(names: Collection[str], limit: int = 4) -> str:
+    """`a, b, c, d and 12 more`."""
+    listed = sorted(names)
+    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+
+
+def likely_content(names: Mapping[str, object] | Collection[str]) -> str:
+    """The first levels of the names in a file, most frequent first, to tell the user what the file holds."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[name.partition(".")[0]] = counts.get(name.partition(".")[0], 0) + 1
+    return ", ".join(f"{k}.* ({n})" for k, n in sorted(counts.items(), key=lambda item: -item[1])[:4])

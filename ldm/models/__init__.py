@@ -1,0 +1,1 @@
+"""Models that configs build: first stages and diffusion models."""

@@ -1,0 +1,133 @@
+"""The one sampling loop.
+
+`walk` goes along a `Grid` and yields a `Step` each time; a solver is a `Rule` that says how to get from one level to the next. Masks and
+randomness live here, so that they work with every solver; what becomes of the steps is the consumer's affair.
+
+Random numbers: by default they come from torch's global generator in the order and number of the published samplers (one draw a step
+even where no noise is added), so that old seeds give old pictures. A `noise` source is asked only for what is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.denoiser import Denoiser, Prediction
+from ldm.modules.diffusionmodules.schedule import Grid, noise_like
+
+Timestep: TypeAlias = int | Tensor  # one for the whole batch, or (B,)
+Denoise: TypeAlias = Callable[[Tensor, Timestep], Prediction]
+
+
+class NoiseSource(Protocol):
+    """Standard normal noise on demand, for instance each image's from a generator of its own."""
+
+    def __call__(self, shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Noise of `shape`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """State after step `index` (0 is the noisiest), which left timestep `t` for `x`, one level cleaner."""
+
+    index: int
+    t: int
+    x: Tensor
+    pred_x0: Tensor
+
+
+class Rule(Protocol):
+    """A solver: one step from timestep t to t_next. It asks `denoise(x, t)` and travels by `move(x, eps, x0)`."""
+
+    def __call__(self, x: Tensor, t: Timestep, t_next: Timestep, denoise: Denoise, move: Mover) -> tuple[Tensor, Tensor]:
+        """(x one level cleaner, predicted x0)."""
+        ...
+
+
+def ddim_update(x0: Tensor, eps: Tensor, abar_prev: float, sigma: float = 0.0, noise: Tensor | None = None) -> Tensor:
+    """x one level on, at abar_prev: DDIM (arXiv:2010.02502), Eq. 12. `noise` is already scaled by sigma."""
+    x = abar_prev**0.5 * x0 + max(1.0 - abar_prev - sigma**2, 0.0) ** 0.5 * eps
+    return x if noise is None else x + noise
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Where random numbers come from, and what is done to the noise of a step."""
+
+    source: NoiseSource | None = None  # None: the global generator, legacy order
+    temperature: float = 1.0  # factor on the noise of a step
+    dropout: float = 0.0  # fraction of a step's noise that is zeroed, the rest scaled up
+    repeat: bool = False  # one draw for the whole batch
+
+    def normal(self, shape: Sequence[int], like: Tensor, repeat: bool = False) -> Tensor:
+        """Standard normal noise of `shape`, on the device and in the dtype of `like`."""
+        if self.source is None:
+            return noise_like(shape, like.device, repeat).to(like.dtype)
+        return self.source(tuple(shape), like.device, like.dtype)
+
+    def step_noise(self, x: Tensor, sigma: float) -> Tensor | None:
+        """The noise a step adds to x, or None. The global generator is drawn from in any case."""
+        if self.source is not None and sigma == 0.0:
+            return None
+        noise = sigma * self.normal(x.shape, x, self.repeat) * self.temperature
+        if self.dropout > 0.0 and self.source is None:
+            noise = torch.nn.functional.dropout(noise, p=self.dropout)
+        elif self.dropout > 0.0:  # uniform numbers from the same source, so that an image stays independent of its batch
+            keep = torch.special.ndtr(self.normal(x.shape, x)) >= self.dropout
+            noise = noise * keep / (1.0 - self.dropout)
+        return noise
+
+
+@dataclass(frozen=True)
+class Mover:
+    """One step's move along the grid: x, at abar, and an eps give (x one level on, the x0 that eps implies)."""
+
+    abar: float
+    abar_prev: float
+    sigma: float
+    draws: Draws | None = None  # None: no randomness at all (inversion)
+    limit_x0: Callable[[Tensor], Tensor] | None = None  # quantisation or thresholding of the predicted x0
+
+    @classmethod
+    def at(cls, grid: Grid, i: int, draws: Draws | None = None, limit_x0: Callable[[Tensor], Tensor] | None = None) -> Mover:
+        """The move of step i of `grid`."""
+        return cls(float(grid.abar[i]), float(grid.abar_prev[i]), float(grid.sigma[i]), draws, limit_x0)
+
+    def __call__(self, x: Tensor, eps: Tensor, x0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`x0` saves computing it from eps, and is needed where abar is 0."""
+        if x0 is None:
+            x0 = (x - (1.0 - self.abar) ** 0.5 * eps) / self.abar**0.5  # DDIM, Eq. 9
+        if self.limit_x0 is not None:
+            x0 = self.limit_x0(x0)
+        noise = None if self.draws is None else self.draws.step_noise(x, self.sigma)
+        return ddim_update(x0, eps, self.abar_prev, self.sigma, noise), x0
+
+
+@torch.no_grad()
+def walk(
+    rule: Rule,
+    denoiser: Denoiser,
+    grid: Grid,
+    x: Tensor,
+    *,
+    draws: Draws | None = None,
+    scales: Sequence[float] | None = None,  # guidance scale of each step
+    mask: Tensor | None = None,  # 1 where x follows `x0`
+    x0: Tensor | None = None,
+    limit_x0: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Step]:
+    """Go along `grid` from x (at grid.abar[0]); yields after every step. x is float32 or float64."""
+    for i, (t, t_next) in enumerate(zip(grid.t.tolist(), grid.t_next.tolist(), strict=True)):
+        move = Mover.at(grid, i, draws, limit_x0)
+        if mask is not None and x0 is not None:
+            noisy = move.abar**0.5 * x0 + (1.0 - move.abar) ** 0.5 * (draws or Draws()).normal(x0.shape, x0)
+            x = noisy * mask + (1.0 - mask) * x
+        denoise = denoiser.predict if scales is None else partial(denoiser.predict, scale=scales[i])
+        x, pred_x0 = rule(x, t, t_next, denoise, move)
+        yield Step(i, t, x, pred_x0)

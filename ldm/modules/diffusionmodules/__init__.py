@@ -1,0 +1,1 @@
+"""UNets, first-stage networks, noise schedules."""

@@ -1,0 +1,1 @@
+"""Training from a config: the command line, the run, its callbacks and its checkpoints."""

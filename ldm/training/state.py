@@ -1,0 +1,281 @@
+"""What makes a training stoppable: whole checkpoint files, the random state in them, signals, and counting updates.
+
+Owns `checkpoints/last.ckpt`. Knows no model. A checkpoint is taken at the end of a step; what follows a step (validation, pictures)
+draws from generators of its own, so it does not matter whether it is repeated after a resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback, Checkpoint
+
+from ldm.util import plain
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """A signal asked for the end of the training; the checkpoint is written."""
+
+    def __init__(self, signum: int, path: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; everything is in {path}")
+        self.signum = signum
+
+
+# ---------------------------------------------------------------------- files
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a file under its final name is always whole.
+
+    (Lightning writes to the system's temporary folder and moves, which is a copy where that is another file system.)
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """torch.save to `path`; configs in the hyper-parameters become plain containers, which restricted unpickling can read."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = {key: _plain_tree(value) if "hyper_parameters" in key else value for key, value in checkpoint.items()}
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _plain_tree(value: Any) -> Any:
+    value = plain(value)
+    if isinstance(value, dict):
+        return {key: _plain_tree(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain_tree(item) for item in value)
+    return value
+
+
+# ---------------------------------------------------------------------- random state
+def rng_state() -> dict[str, Any]:
+    """State of all global generators (python, numpy, torch, accelerator) in types that `weights_only` loading accepts."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": {"version": version, "words": list(words), "gauss": gauss},
+        "numpy": {"name": str(name), "keys": torch.from_numpy(keys.astype(np.int64)), "rest": [float(x) for x in rest]},
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    elif torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned. Generators of devices that are not there are left out."""
+    python, numpy = state["python"], state["numpy"]
+    random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
+    position, has_gauss, gauss = numpy["rest"]
+    np.random.set_state((numpy["name"], numpy["keys"].numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    elif "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())
+
+
+@contextlib.contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Inside, the global generators start from `seed`; afterwards they go on as if nothing had been drawn."""
+    state = rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+class RngStateCallback(Callback):
+    """Keeps the random state in checkpoints, one for every process, and keeps validation from touching it.
+
+    Validation starts from the same seed every time: its losses use the same noise and timesteps, so they can be compared.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._loaded: list[dict[str, Any]] | None = None
+        self._stack = contextlib.ExitStack()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state: list[Any] = [rng_state()]
+        if trainer.world_size > 1:
+            state = [None] * trainer.world_size
+            torch.distributed.all_gather_object(state, rng_state())
+        checkpoint["rng_state"] = state
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded = checkpoint.get("rng_state")
+        if self._loaded is None:
+            log.warning("the checkpoint holds no random state: this training goes on with other noise than it would have had")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._loaded is not None:
+            if trainer.global_rank < len(self._loaded):
+                set_rng_state(self._loaded[trainer.global_rank])
+            self._loaded = None
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stack.enter_context(isolated_rng(self.seed + trainer.global_rank))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stack.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stack.close()
+
+
+# ---------------------------------------------------------------------- counting
+class UpdateCounter(Callback):
+    """Counts updates of the first optimizer, and ends a training with manual optimisation after `max_steps` of them.
+
+    Lightning's own counter adds up the steps of all optimizers, so a VAE with a discriminator would stop after half as many.
+    """
+
+    def __init__(self, max_steps: int = -1) -> None:
+        self.max_steps = max_steps
+        self.updates = 0
+        self._hook: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._hook = trainer.optimizers[0].register_step_post_hook(self._count) if trainer.optimizers else None
+        if 0 <= self.max_steps <= self.updates:
+            trainer.should_stop = True
+
+    def _count(self, *_: Any) -> None:
+        self.updates += 1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if 0 <= self.max_steps <= self.updates:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.updates = state_dict["updates"]
+
+
+def updates_done(trainer: pl.Trainer) -> int:
+    """Updates so far, counted once a batch also where several optimizers take turns."""
+    counters = [callback for callback in trainer.callbacks if isinstance(callback, UpdateCounter)]
+    return counters[0].updates if counters else trainer.global_step
+
+
+# ---------------------------------------------------------------------- last.ckpt
+class LastCheckpoint(Checkpoint):
+    """Writes `last.ckpt` every n updates, at the end of the training, and when a signal asks for it.
+
+    SIGUSR1 saves and goes on; SIGTERM and the first ctrl-C finish the step, save, and stop with `Stopped`. A second ctrl-C
+    interrupts at once, without saving. Signals that the platform lacks are left out.
+    """
+
+    def __init__(self, dirpath: str | Path, every_n_train_steps: int = 1000, every_minutes: float | None = None) -> None:
+        self.path = Path(dirpath) / "last.ckpt"
+        self.every = every_n_train_steps
+        self.every_minutes = every_minutes
+        self._saved_at = 0
+        self._saved_when = time.monotonic()
+        self._signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    # -- signals
+    def listen(self) -> None:
+        """Install the signal handlers (from the main thread only)."""
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                with contextlib.suppress(ValueError):  # not the main thread
+                    self._previous[number] = signal.signal(number, self._on_signal)
+
+    def deafen(self) -> None:
+        """Put the former handlers back."""
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    # -- saving
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_at = updates_done(trainer)
+        self._saved_when = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        number = self._agreed_signal(trainer)
+        if number is not None or self._is_due(trainer):
+            self._save(trainer)
+        if number is None:
+            return
+        self._signal = None
+        log.info("%s: saved %s", signal.Signals(number).name, self.path)
+        if number != getattr(signal, "SIGUSR1", None):
+            raise Stopped(number, str(self.path))
+
+    def _agreed_signal(self, trainer: pl.Trainer) -> int | None:
+        """The signal to act on; with several processes, one that any of them got."""
+        number = int(self._signal or 0)
+        if trainer.world_size > 1:
+            tensor = torch.tensor(float(number), device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+            number = int(tensor)
+        return number or None
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        done = updates_done(trainer)
+        if done <= self._saved_at:  # accumulating, or just resumed
+            return False
+        due = self.every > 0 and done % self.every == 0
+        if self.every_minutes is not None:
+            passed = time.monotonic() - self._saved_when >= 60 * self.every_minutes
+            due |= trainer.strategy.broadcast(passed)
+        return due or self._is_last(trainer)
+
+    @staticmethod
+    def _is_last(trainer: pl.Trainer) -> bool:
+        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+        last_step = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        return trainer.should_stop or last_step or (last_epoch and trainer.is_last_batch)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if updates_done(trainer) > self._saved_at:  # the end was decided after the last batch, by early stopping for instance
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self._saved_at = updates_done(trainer)
+        self._saved_when = time.monotonic()
+        trainer.save_checkpoint(self.path)

@@ -1,0 +1,36 @@
+"""Packaging. The import name is `ldm`; the distribution has a name of its own, because `ldm` on the package index is another project."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+RUNTIME = [
+    "torch>=2.10",
+    "torchvision>=0.25",
+    "pytorch-lightning>=2.6",
+    "omegaconf>=2.3",
+    "einops>=0.7",
+    "transformers>=5.6",
+    "open-clip-torch>=3.0",
+    "invisible-watermark>=0.2",
+    "numpy>=1.26",
+    "safetensors>=0.5",
+    "tqdm>=4.66",
+    "pillow>=10.1",
+]
+TRAIN = ["tensorboard>=2.16", "matplotlib>=3.8"]
+TEST = [*TRAIN, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "diffusers>=0.36", "ruff>=0.11", "mypy>=1.15"]
+
+setup(
+    name="latent-diffusion-workshop",
+    version="0.1.0",
+    description="Latent diffusion in the LDM / Stable Diffusion shape: YAML configs, Lightning training, DDIM and PLMS sampling",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ldm", "ldm.*"]),
+    py_modules=["main"],
+    install_requires=RUNTIME,
+    extras_require={"train": TRAIN, "test": TEST},
+)

@@ -1,0 +1,137 @@
+"""ContrastiveCLIP: its loss, its towers against open_clip, and that it learns."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from ldm.models.clip import ContrastiveCLIP, contrastive_targets, info_nce, retrieval_accuracy
+from ldm.modules.encoders.modules import FrozenOpenCLIPEmbedder
+from ldm.util import UserError, instantiate_from_config
+from tests.reference_rule import fill
+
+ARCH = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2},
+    "text_cfg": {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+COLORS = {"red": (1, -1, -1), "green": (-1, 1, -1), "blue": (-1, -1, 1), "white": (1, 1, 1)}
+
+
+def samples(n: int) -> list[dict]:
+    rng = np.random.default_rng(0)
+    items = []
+    for _ in range(n):
+        name = str(rng.choice(list(COLORS)))
+        image = np.zeros((48, 48, 3), np.float32)
+        image[8:40, 8:40] = COLORS[name]
+        items.append({"image": image, "caption": f"a {name} square"})
+    return items
+
+
+def trainer(**kwargs: object) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(accelerator="cpu", **quiet, **kwargs)
+
+
+def test_towers_are_open_clips() -> None:
+    import open_clip
+
+    ours = fill(ContrastiveCLIP(ARCH))
+    theirs = open_clip.model.CLIP(**ARCH)
+    theirs.load_state_dict(ours.model.state_dict())
+    assert all(n.startswith("model.") for n in ours.state_dict())
+    pixels, ids = torch.randn(2, 3, 32, 32), ours.tokenizer(["a red square", "a"])
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model.encode_image(pixels), theirs.encode_image(pixels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.model.encode_text(ids), theirs.encode_text(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_its_text_tower_conditions_a_diffusion_model() -> None:
+    clip = ContrastiveCLIP(ARCH)
+    encoder = FrozenOpenCLIPEmbedder(ARCH, max_length=8)
+    own = encoder.state_dict()
+    encoder.load_state_dict({n: v for n, v in clip.state_dict().items() if n in own})
+    assert torch.equal(encoder.model.ln_final.weight, clip.model.ln_final.weight)
+
+
+def test_preprocess_scales_the_whole_picture_and_normalises() -> None:
+    clip = ContrastiveCLIP(ARCH)
+    white = clip.preprocess(torch.ones(1, 3, 64, 96))
+    assert white.shape == (1, 3, 32, 32)
+    want = (1 - torch.tensor([0.48145466, 0.4578275, 0.40821073])) / torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    torch.testing.assert_close(white[0, :, 5, 5], want, rtol=1e-4, atol=1e-4)
+    marked = torch.ones(1, 3, 64, 96)
+    marked[..., :4] = -1  # the left border is not cropped away
+    assert not torch.allclose(clip.preprocess(marked)[..., 0], white[..., 0], atol=0.5)
+    with pytest.raises(UserError, match=r"\(B, 3, H, W\)"):
+        clip.preprocess(torch.ones(1, 64, 64, 3))
+
+
+def test_features_have_length_one() -> None:
+    clip = ContrastiveCLIP(ARCH).eval()
+    with torch.no_grad():
+        image, text = clip.encode_image(torch.randn(3, 3, 32, 32).clamp(-1, 1)), clip.encode_text(["a", "b"])
+        similarity = clip(torch.zeros(3, 3, 32, 32), ["a", "b"])
+    torch.testing.assert_close(image.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(text.norm(dim=1), torch.ones(2))
+    assert similarity.shape == (3, 2)
+
+
+def test_loss_without_equal_captions_is_cross_entropy() -> None:
+    image, text = (F.normalize(torch.randn(5, 4), dim=1) for _ in range(2))
+    logits = 10 * image @ text.T
+    want = (F.cross_entropy(logits, torch.arange(5)) + F.cross_entropy(logits.T, torch.arange(5))) / 2
+    torch.testing.assert_close(info_nce(image, text, torch.tensor(10.0), torch.eye(5)), want)
+
+
+def test_equal_captions_are_positives() -> None:
+    ids = torch.tensor([[1, 2], [3, 4], [1, 2]])
+    targets = contrastive_targets(ids)
+    assert targets.tolist() == [[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]]
+    feature = torch.eye(3)[[0, 1, 0]]  # a perfect model: equal captions, equal features
+    assert info_nce(feature, feature, torch.tensor(100.0), targets) < 1e-6
+    assert retrieval_accuracy(feature, feature, targets) == 1
+    assert retrieval_accuracy(feature, feature[[1, 0, 2]], targets) == pytest.approx(1 / 3)
+
+
+def test_weight_decay_is_for_matrices_only() -> None:
+    clip = ContrastiveCLIP(ARCH, weight_decay=0.2)
+    clip.learning_rate = 0.01
+    optimizer = clip.configure_optimizers()
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"], plain["lr"]) == (0.2, 0.0, 0.01)
+    exempt = {id(p) for p in plain["params"]}
+    for name, p in clip.named_parameters():
+        assert (id(p) in exempt) == (p.ndim < 2 or name.endswith("positional_embedding")), name
+
+
+def test_it_learns_and_keeps_the_scale_in_bounds() -> None:
+    torch.manual_seed(0)
+    config = {"target": "ldm.models.clip.ContrastiveCLIP", "params": {"arch": ARCH}}
+    clip = instantiate_from_config(config)
+    clip.learning_rate = 2e-3
+    clip.model.logit_scale.data.fill_(9.0)  # above the bound: the first step brings it back
+    data = DataLoader(samples(256), batch_size=32)
+    run = trainer(max_epochs=3)
+    run.fit(clip, data, data)
+    assert run.callback_metrics["val/accuracy"] > 0.95
+    assert run.callback_metrics["val/loss"] < 0.3
+    assert "train/loss" in run.callback_metrics
+    assert 0 <= float(clip.model.logit_scale.detach()) <= math.log(100) + 1e-6
+
+
+def test_learning_rate_schedule_steps_every_batch() -> None:
+    params = {"warm_up_steps": [10], "cycle_lengths": [100], "f_start": [0.0], "f_max": [1.0], "f_min": [1.0]}
+    config = {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": params}
+    clip = ContrastiveCLIP(ARCH, scheduler_config=config)
+    clip.learning_rate = 1e-3
+    run = trainer(max_steps=5)
+    run.fit(clip, DataLoader(samples(64), batch_size=8))
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5e-3)
