@@ -59,6 +59,7 @@ _ALIASES = {
     "taming.modules.vqvae.quantize": "ldm.modules.vqvae.quantize",
     "taming.modules.losses": "ldm.modules.losses",
     "taming.modules.discriminator.model": "ldm.modules.losses.discriminator",
+    "sgm.models.autoencoder": "ldm.models.autoencoder_sgm",
     "sgm.modules.diffusionmodules.openaimodel": "ldm.modules.diffusionmodules.openaimodel",
     "sgm.modules.diffusionmodules.model": "ldm.modules.diffusionmodules.model",
 }

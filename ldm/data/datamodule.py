@@ -126,6 +126,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         )
         if split == "train":
             self._train_loader = loader
+            if self.trainer is not None:
+                loader.limit = lambda: self.trainer.num_training_batches
             if self._resume_from is not None:
                 self._check_resumed(loader)
                 loader.load_state_dict(self._resume_from)
@@ -146,10 +148,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         """Where the training is in its data."""
         if self._train_loader is None:
             return {}
-        state = self._train_loader.state_dict()
-        if self.trainer is not None and state["batches"] >= self.trainer.num_training_batches:  # limit_train_batches
-            state["epoch"], state["batches"] = state["epoch"] + 1, 0
-        return state
+        return dict(self._train_loader.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember where to go on; the next training loader starts there."""

@@ -154,6 +154,7 @@ class ResumableLoader(DataLoader):
         )
         self.same_epoch = same_epoch
         self.position = (0, 0)  # epoch, batches handed out in it
+        self.limit: Callable[[], float] = lambda: float("inf")  # batches after which the trainer ends an epoch
         self._touched = False  # the running iterator has handed out something
 
     def __iter__(self) -> Iterator[Any]:
@@ -170,7 +171,7 @@ class ResumableLoader(DataLoader):
     def _count(self, batches: Iterator[Any], epoch: int, done: int) -> Iterator[Any]:
         for batch in batches:
             done += 1
-            self.position = (epoch, done) if done < len(self) else (epoch + 1, 0)
+            self.position = (epoch, done) if done < min(len(self), self.limit()) else (epoch + 1, 0)
             self._touched = True
             yield batch
 

@@ -7,6 +7,7 @@ import torch or Lightning: `--help` answers at once. Facts about the model come 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ldm.imaging import FIT_MODES, legal_neighbours
+from ldm.imaging import FIT_MODES, legal_neighbours, load_image, nearest_legal
 from ldm.inference.facts import SHIPPED_WEIGHTS, ModelFacts, find_model, read_facts
 from ldm.inference.prompts import MAX_SEED, read_prompts
 from ldm.util import UserError
@@ -30,7 +31,7 @@ SAMPLERS = {
     "dpm_solver": "ldm.models.diffusion.dpm_solver.DPMSolverSampler",
 }
 CHOICES = {
-    "device": tuple("auto cpu cuda mps".split()),
+    "device": tuple(["auto", "cpu", "cuda", "mps"]),
     "ema": ("auto", "ema", "raw"),
     "fit": FIT_MODES,
     "precision": ("full", "autocast", "bf16"),
@@ -267,8 +268,7 @@ def _resolve(task: str, given: dict[str, Any], problems: list[str]) -> tuple[Opt
         problems.append(str(error))
     defaults: dict[str, Any] = dict(_LEGACY_DEFAULTS[task], outdir=f"outputs/{task}-samples")
     if facts is not None:
-        side = facts.image_size * facts.factor
-        defaults |= {"H": side, "W": side, "C": facts.channels, "f": facts.factor}
+        defaults |= _default_sizes(values, facts)
         if facts.sampling:
             defaults |= _OWN_DEFAULTS | facts.sampling
     if task == "img2img":
@@ -278,6 +278,15 @@ def _resolve(task: str, given: dict[str, Any], problems: list[str]) -> tuple[Opt
     values = defaults | values
     own_model = own_model and Path(str(ckpt)).resolve() != SHIPPED_WEIGHTS.resolve()
     return Options(task=task, config=str(config), ckpt=str(ckpt), own_model=own_model, given=given, **values), facts
+
+
+def _default_sizes(values: dict[str, Any], facts: ModelFacts) -> dict[str, int]:
+    """The model's sizes. As in the originals, a model without `sampling:` keeps the size of an init image, made legal."""
+    width = height = facts.image_size * facts.factor
+    if values.get("init_img") and not facts.sampling and not {"H", "W"} & set(values):
+        with contextlib.suppress(UserError):  # told by _check_files
+            width, height = (nearest_legal(side, facts.multiple) for side in load_image(values["init_img"]).size)
+    return {"H": height, "W": width, "C": facts.channels, "f": facts.factor}
 
 
 def _check_sizes(options: Options, facts: ModelFacts) -> list[str]:
@@ -319,8 +328,11 @@ def _check_files(options: Options) -> list[str]:
     problems = []
     if options.task == "img2img" and not options.init_img:
         problems.append("img2img needs a picture to start from: --init-img FILE")
-    elif options.init_img and not Path(options.init_img).is_file():
-        problems.append(f"init image {options.init_img!r} does not exist: check --init-img")
+    elif options.init_img:
+        try:
+            load_image(options.init_img)
+        except UserError as error:
+            problems.append(f"--init-img: {error}")
     if options.safety != "off" and options.own_model and not options.safety_ckpt:
         problems.append("no safety weights for this model: name their folder by --safety_ckpt, or choose --safety off")
     if options.safety_ckpt and not Path(options.safety_ckpt).exists():

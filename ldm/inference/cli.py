@@ -123,7 +123,9 @@ def _report(options: Options, summary: Summary, seconds: float) -> None:
     if options.safety == "off":
         told.append("no safety check")
     else:
-        told.append(f"{summary.flagged} flagged by the safety check" + (" and replaced" * (summary.flagged > 0 and options.safety == "card")))
+        told.append(
+            f"{summary.flagged} flagged by the safety check" + (" and replaced" * (summary.flagged > 0 and options.safety == "card"))
+        )
     if options.watermark == "none" or summary.too_small == summary.drawn:
         told.append("no watermark")
     else:

@@ -115,6 +115,18 @@ def _move_without_replacing(temporary: str, path: Path) -> bool:
     return True
 
 
+def write_new_png(path: Path, image: np.ndarray, texts: Mapping[str, str] | None = None) -> None:
+    """uint8 (H, W, 3) to a file of this name, whole. Raises `UserError` where the name is taken."""
+    with _told(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _write_temporary(path.parent, png_bytes(image, texts))
+        try:
+            if not _move_without_replacing(temporary, path):
+                raise UserError(f"{str(path)!r} exists already: remove it or choose another --outdir")
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
 def png_bytes(image: np.ndarray, texts: Mapping[str, str] | None = None) -> bytes:
     """uint8 (H, W, 3) as PNG with text chunks."""
     info = PngInfo()
@@ -173,7 +185,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise UserError(f"picture {name} cannot be read: {error}") from None
     if text is None:
-        raise UserError(f"picture {name} has no {METADATA_KEY}: it was not drawn by this program, or its metadata was stripped (grids have none: name a file of samples/)")
+        raise UserError(
+            f"picture {name} has no {METADATA_KEY}: it was not drawn by this program, or its metadata was stripped (grids have none: name a file of samples/)"
+        )
     try:
         metadata = json.loads(text)
         if metadata["format"] != _FORMAT:

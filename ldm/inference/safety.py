@@ -129,7 +129,9 @@ def check_safety_files(path: str | Path) -> None:
     if not (folder / CONCEPTS_NAME).is_file() and any((folder / n).is_file() for n in ("model.safetensors", "pytorch_model.bin")):
         return
     missing = ", ".join(name for name in own if not (folder / name).is_file())
-    raise CheckpointError(f"safety weights are incomplete: no {missing} in {str(folder)!r}; name a folder by --safety_ckpt, or --safety off")
+    raise CheckpointError(
+        f"safety weights are incomplete: no {missing} in {str(folder)!r}; name a folder by --safety_ckpt, or --safety off"
+    )
 
 
 # ---------------------------------------------------------------------- with a CLIP of our own

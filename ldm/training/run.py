@@ -23,19 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+import torch
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.training.callbacks import ProgressBar, ProgressLog
 from ldm.training.cli import load_yaml, merge_configs
-from ldm.training.state import AtomicCheckpointIO, LastCheckpoint, RngStateCallback, Stopped, UpdateCounter
+from ldm.training.state import AtomicCheckpointIO, LastCheckpoint, RngStateCallback, StepCheckpoint, Stopped, UpdateCounter
 from ldm.training.trainer_args import trainer_arguments
 from ldm.util import CheckpointError, ConfigError, get_obj_from_str, instantiate_from_config, plain, trust
 
 log = logging.getLogger(__name__)
 
 DEFAULT_SEED = 23
-_SECTIONS = ("trainer", "callbacks", "modelcheckpoint", "logger", "strategy", "find_unused_parameters")
+_SECTIONS = ("trainer", "callbacks", "modelcheckpoint", "logger", "strategy", "find_unused_parameters", "channels_last")
+_MODEL_CHECKPOINTS = (
+    "pytorch_lightning.callbacks.ModelCheckpoint",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "lightning.pytorch.callbacks.ModelCheckpoint",
+)
 _QUIET = (
     ".*pre-optimization state.*",  # manual optimisation: our checkpoints are taken after the step, on purpose
     ".*does not have many workers.*",
@@ -43,6 +49,9 @@ _QUIET = (
     ".*in eval mode at the start of training.*",  # frozen first stages
     ".*smaller than the logging interval.*",
     ".*available but not used.*",
+    ".*have no `val_dataloader`.*",
+    ".*could not find the monitored key.*",  # a run that ends before its first validation
+    ".*treespec, LeafSpec.*",
 )
 
 
@@ -187,12 +196,16 @@ def build_callbacks(lightning: Mapping[str, Any], defaults: Mapping[str, Any], c
             continue
         old = entries.get(name, {})
         entries[name] = {"target": entry.get("target", old.get("target"))}
-        same = entries[name]["target"].rpartition(".")[2] == str(old.get("target")).rpartition(".")[2]
+        same = str(entries[name]["target"]).rpartition(".")[2] == str(old.get("target")).rpartition(".")[2]
         entries[name]["params"] = {**((old.get("params") or {}) if same else {}), **(entry.get("params") or {})}
+    built = []
     for name, entry in entries.items():
-        if str(entry["target"]).endswith("ModelCheckpoint"):
-            entry["params"] = {"dirpath": str(checkpoints / name), **(entry.get("params") or {})}
-    return [instantiate_from_config(entry) for entry in entries.values()]
+        if entry["target"] in _MODEL_CHECKPOINTS:
+            params = {"dirpath": str(checkpoints / name), **(entry.get("params") or {})}
+            built.append(_model_checkpoint(entry["target"], params))
+        else:
+            built.append(instantiate_from_config(entry))
+    return built
 
 
 def build_checkpointing(section: Mapping[str, Any], model: Any, data: Any, folder: Path) -> list[Any]:
@@ -211,17 +224,19 @@ def build_checkpointing(section: Mapping[str, Any], model: Any, data: Any, folde
         params.pop("every_n_train_steps", None)  # the best are told after each validation
     if params["save_top_k"] != 0:
         params = {"dirpath": str(folder), "save_last": False, "enable_version_counter": False, **params}
-        target = section.get("target")
-        callbacks.insert(0, instantiate_from_config({"target": target, "params": params}) if target else _checked(ModelCheckpoint, params))
+        callbacks.insert(0, _model_checkpoint(section.get("target"), params))
     return callbacks
 
 
-def _checked(cls: Any, params: dict[str, Any]) -> Any:
+def _model_checkpoint(target: str | None, params: dict[str, Any]) -> Any:
+    """A checkpoint callback; Lightning's own becomes ours, whose files hold the whole step."""
     try:
-        inspect.signature(cls).bind(**params)
-        return cls(**params)
+        if target not in (None, *_MODEL_CHECKPOINTS):
+            return instantiate_from_config({"target": target, "params": params})
+        inspect.signature(StepCheckpoint).bind(**params)
+        return StepCheckpoint(**params)
     except (TypeError, MisconfigurationException) as error:
-        raise ConfigError(f"lightning.modelcheckpoint: {error}") from None
+        raise ConfigError(f"ModelCheckpoint: {error}") from None
 
 
 def has_validation(data: Any) -> bool:
@@ -258,6 +273,8 @@ def run(options: argparse.Namespace) -> int:
     arguments = trainer_arguments(trainer_section, options, bool(lightning.get("find_unused_parameters")))
 
     model = instantiate_from_config({key: config["model"].get(key) for key in ("target", "params")})
+    if lightning.get("channels_last"):  # convolutions on the CPU and on tensor cores like the channels innermost
+        model = model.to(memory_format=torch.channels_last)
     if not isinstance(model, pl.LightningModule):
         raise ConfigError(f"model.target {config['model']['target']} is a {type(model).__name__}, not a LightningModule")
     if options.init_from:

@@ -1,7 +1,8 @@
 """What makes a training stoppable: whole checkpoint files, the random state in them, signals, and counting updates.
 
-Owns `checkpoints/last.ckpt`. Knows no model. A checkpoint is taken at the end of a step; what follows a step (validation, pictures)
-draws from generators of its own, so it does not matter whether it is repeated after a resume.
+Owns `checkpoints/last.ckpt`. Knows no model. A checkpoint is taken when a step is over, which is after the model's own
+`on_train_batch_end` (where EMA is updated): Lightning calls callbacks before it, and a file written there lacks one EMA update.
+Validation and pictures draw from generators of their own, so it does not matter whether a resume repeats them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from ldm.util import plain
 
@@ -193,8 +194,39 @@ def updates_done(trainer: pl.Trainer) -> int:
     return counters[0].updates if counters else trainer.global_step
 
 
-# ---------------------------------------------------------------------- last.ckpt
-class LastCheckpoint(Checkpoint):
+# ---------------------------------------------------------------------- checkpoints
+class _AfterStep(Callback):
+    """Calls `after_step` at the very end of a step, when the model's own `on_train_batch_end` has run."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        inner = pl_module.on_train_batch_end
+
+        def finish(outputs: Any, batch: Any, batch_idx: int) -> None:
+            inner(outputs, batch, batch_idx)
+            self.after_step(trainer, pl_module, outputs, batch, batch_idx)
+
+        pl_module.on_train_batch_end = finish  # an attribute of this instance, taken away in `teardown`
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        vars(pl_module).pop("on_train_batch_end", None)
+
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """What to do then."""
+        raise NotImplementedError
+
+
+class StepCheckpoint(_AfterStep, ModelCheckpoint):
+    """Lightning's ModelCheckpoint, whose files taken every n steps hold the whole step."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Too early: see `after_step`."""
+
+    def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        ModelCheckpoint.on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)
+
+
+class LastCheckpoint(_AfterStep, Checkpoint):
     """Writes `last.ckpt` every n updates, at the end of the training, and when a signal asks for it.
 
     SIGUSR1 saves and goes on; SIGTERM and the first ctrl-C finish the step, save, and stop with `Stopped`. A second ctrl-C
@@ -232,10 +264,11 @@ class LastCheckpoint(Checkpoint):
 
     # -- saving
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._saved_at = updates_done(trainer)
         self._saved_when = time.monotonic()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def after_step(self, trainer: pl.Trainer, *_: Any) -> None:
         number = self._agreed_signal(trainer)
         if number is not None or self._is_due(trainer):
             self._save(trainer)

@@ -88,7 +88,7 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path: Path, wrap: Calla
         path.write_bytes(pickle.dumps(content if isinstance(content, Payload) else {"x": Payload(target)}))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(CheckpointError, match="refused.*nothing of it was run") as error:
+    with pytest.raises(CheckpointError, match=r"refused.*nothing of it was run") as error:
         read_state_dict(path)
     assert not target.exists()
     assert "\n" not in str(error.value)
@@ -290,6 +290,12 @@ def test_make_it_fit_keeps_the_response_to_repeated_channels(tmp_path: Path) -> 
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
+def test_saved_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    path = save_weights({"w": torch.zeros(2)}, tmp_path / "m.safetensors")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_saving_never_overwrites_by_accident(tmp_path: Path) -> None:
     path = save_weights({"w": torch.zeros(2)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match="exists already"):

@@ -78,8 +78,9 @@ def test_published_dict_conditioning(reference):
     cond, uncond = ({"c_concat": cat, "c_crossattn": [ref.input(name)]} for name in ("c", "uc"))
     torch.manual_seed(8100)
     samples, _ = DDIMSampler(Analytic()).sample(
-        10, 2, SHAPE, cond, x_T=ref.input("x_T"), eta=1.0, verbose=False, unconditional_guidance_scale=9.0, unconditional_conditioning=uncond
-    )
+        10, 2, SHAPE, cond, x_T=ref.input("x_T"), eta=1.0, verbose=False,
+        unconditional_guidance_scale=9.0, unconditional_conditioning=uncond,
+    )  # fmt: skip
     ref.check(ddim=samples, post_rng=torch.randn(4))
 
 

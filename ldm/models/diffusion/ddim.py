@@ -24,7 +24,7 @@ class DDIMSampler(Sampler):
 
     name = "DDIM"
 
-    def rule(self) -> Rule:
+    def rule(self, steps: int) -> Rule:
         """DDIM keeps nothing from step to step."""
         return ddim_rule
 

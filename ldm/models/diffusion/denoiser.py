@@ -33,8 +33,8 @@ class Prediction(NamedTuple):
 class Denoiser:
     """`denoiser(x, t)` is the guided eps of x (B, C, H, W) at timestep t; `denoiser.predict(x, t)` also gives x0.
 
-    t is one timestep for the whole batch (int) or one a sample ((B,) integers). x is float32 or float64 and so is the answer; the
-    model is called in its own dtype.
+    t is one timestep for the whole batch (a fraction if need be) or one a sample ((B,) integers). x is float32 or float64 and so is
+    the answer; the model is called in its own dtype.
     """
 
     def __init__(
@@ -66,13 +66,16 @@ class Denoiser:
         """True if x0 is computed from eps, which is impossible where abar is 0."""
         return self.kind == "eps" or self.corrector is not None
 
-    def __call__(self, x: Tensor, t: int | Tensor, scale: float | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t: float | Tensor, scale: float | None = None) -> Tensor:
         """The guided eps."""
         return self.predict(x, t, scale).eps
 
-    def predict(self, x: Tensor, t: int | Tensor, scale: float | None = None) -> Prediction:
+    def predict(self, x: Tensor, t: float | Tensor, scale: float | None = None) -> Prediction:
         """The guided eps and x0; `scale` overrides the guidance scale for this call."""
-        ts = t if isinstance(t, Tensor) else torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
+        if isinstance(t, Tensor):
+            ts = t
+        else:
+            ts = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long if isinstance(t, int) else torch.float32)
         out = self._guided_output(x, ts, self.scale if scale is None else scale)
         abar = self._abar(t, x)
         eps = param.to_eps(self.kind, out, x, abar)
@@ -81,9 +84,9 @@ class Denoiser:
         eps = self.corrector.modify_score(self.model, eps, x, ts, self.cond, **self.corrector_kwargs)
         return Prediction(eps, param.to_x0("eps", eps, x, abar))
 
-    def _abar(self, t: int | Tensor, x: Tensor) -> float | Tensor:
+    def _abar(self, t: float | Tensor, x: Tensor) -> float | Tensor:
         if not isinstance(t, Tensor):
-            return float(self.schedule.abar[t])
+            return self.schedule.abar_at(t)
         abar = torch.from_numpy(self.schedule.abar[t.cpu().numpy()])
         return abar.to(x.dtype).to(x.device).reshape(-1, *([1] * (x.ndim - 1)))
 
@@ -108,7 +111,7 @@ class Denoiser:
         key = (batch, guided)
         if key not in self._prepared:
             cond = _fit(self.cond, batch, self._dtype)
-            self._prepared[key] = _join(_fit(self.uncond, batch, self._dtype), cond) if guided else cond
+            self._prepared[key] = join_conditioning(_fit(self.uncond, batch, self._dtype), cond) if guided else cond
         return self._prepared[key]
 
 
@@ -152,16 +155,16 @@ def _fit(cond: Any, batch: int, dtype: torch.dtype | None) -> Any:
     return cond.to(dtype) if dtype is not None and cond.is_floating_point() else cond
 
 
-def _join(uncond: Any, cond: Any, where: str = "conditioning") -> Any:
-    """Both halves as one batch (2B, ...), unconditional first, in the form of `cond`."""
+def join_conditioning(uncond: Any, cond: Any, where: str = "conditioning") -> Any:
+    """Both halves of a guided call as one batch (2B, ...), unconditional first, in the form of `cond`."""
     if isinstance(cond, Mapping) and isinstance(uncond, Mapping):
         if set(cond) != set(uncond):
             raise UserError(f"{where}: conditional keys {sorted(cond)} and unconditional keys {sorted(uncond)} differ: give both the same")
-        return {key: _join(uncond[key], cond[key], f"{where}[{key!r}]") for key in cond}
+        return {key: join_conditioning(uncond[key], cond[key], f"{where}[{key!r}]") for key in cond}
     if isinstance(cond, list) and isinstance(uncond, list):
         if len(cond) != len(uncond):
             raise UserError(f"{where}: {len(cond)} conditional and {len(uncond)} unconditional entries: give as many of each")
-        return [_join(u, c, f"{where}[{i}]") for i, (u, c) in enumerate(zip(uncond, cond, strict=True))]
+        return [join_conditioning(u, c, f"{where}[{i}]") for i, (u, c) in enumerate(zip(uncond, cond, strict=True))]
     if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         return torch.cat(_same_length(uncond, cond, where))
     if cond is None and uncond is None:

@@ -49,7 +49,7 @@ class PLMSSampler(Sampler):
     name = "PLMS"
     needs_signal = True
 
-    def rule(self) -> Rule:
+    def rule(self, steps: int) -> Rule:
         """An empty history for every walk."""
         return PLMSRule()
 

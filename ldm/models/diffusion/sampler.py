@@ -60,6 +60,7 @@ class Sampler:
     """
 
     name = ""
+    draws_unused = True  # legacy: takes noise from the global generator in steps that add none
     needs_signal = False  # the solver works on eps alone, and so cannot start where abar is 0
 
     def __init__(
@@ -79,12 +80,16 @@ class Sampler:
         self.noise = noise
         self.grid: Grid | None = None
 
-    def rule(self) -> Rule:
-        """A fresh solver for one walk."""
+    def rule(self, steps: int) -> Rule:
+        """A fresh solver for one walk of `steps` steps."""
         raise NotImplementedError
 
     def check(self, eta: float) -> None:
         """Refuse what this solver cannot do."""
+
+    def make_grid(self, steps: int, eta: float, spacing: str, final: str) -> Grid:
+        """The steps of a walk."""
+        return self.noise_schedule.grid(steps, eta, spacing, final)
 
     # ------------------------------------------------------------------------------------------------------------ schedule
 
@@ -94,7 +99,7 @@ class Sampler:
         """Choose the timesteps and noise levels (see `NoiseSchedule.grid`); `ddim_num_steps` is any number from 1 to T."""
         self.check(ddim_eta)
         self.eta = ddim_eta
-        self.grid = grid = self.noise_schedule.grid(ddim_num_steps, ddim_eta, ddim_discretize, final)
+        self.grid = grid = self.make_grid(ddim_num_steps, ddim_eta, ddim_discretize, final)
         self.ddim_timesteps = grid.t[::-1].copy()
         self.ddim_alphas = self._ascending(grid.abar)
         self.ddim_alphas_prev = self._ascending(grid.abar_prev)
@@ -217,8 +222,8 @@ class Sampler:
             raise UserError(f"ucg_schedule has {len(ucg_schedule)} guidance scales for {len(grid)} steps: give one a step")
         mask, x0 = _check_mask(mask, x0, x)
         steps = walk(
-            self.rule(), denoiser, grid, _working(x), scales=ucg_schedule, mask=mask, x0=x0, limit_x0=limit_x0,
-            draws=draws if draw else None,
+            self.rule(len(grid)), denoiser, grid, _working(x), scales=ucg_schedule, mask=mask, x0=x0, limit_x0=limit_x0,
+            draws=draws, draw_steps=draw and (self.draws_unused or bool(grid.sigma.any())),
         )  # fmt: skip
         if verbose:
             from tqdm import tqdm

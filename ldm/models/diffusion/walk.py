@@ -20,7 +20,7 @@ from torch import Tensor
 from ldm.models.diffusion.denoiser import Denoiser, Prediction
 from ldm.modules.diffusionmodules.schedule import Grid, noise_like
 
-Timestep: TypeAlias = int | Tensor  # one for the whole batch, or (B,)
+Timestep: TypeAlias = float | Tensor  # one for the whole batch, or (B,)
 Denoise: TypeAlias = Callable[[Tensor, Timestep], Prediction]
 
 
@@ -37,7 +37,7 @@ class Step:
     """State after step `index` (0 is the noisiest), which left timestep `t` for `x`, one level cleaner."""
 
     index: int
-    t: int
+    t: float
     x: Tensor
     pred_x0: Tensor
 
@@ -84,6 +84,9 @@ class Draws:
         return noise
 
 
+_GLOBAL = Draws()
+
+
 @dataclass(frozen=True)
 class Mover:
     """One step's move along the grid: x, at abar, and an eps give (x one level on, the x0 that eps implies)."""
@@ -116,7 +119,8 @@ def walk(
     grid: Grid,
     x: Tensor,
     *,
-    draws: Draws | None = None,
+    draws: Draws = _GLOBAL,
+    draw_steps: bool = True,  # False: the steps take no random numbers, not even unused ones (a mask still does)
     scales: Sequence[float] | None = None,  # guidance scale of each step
     mask: Tensor | None = None,  # 1 where x follows `x0`
     x0: Tensor | None = None,
@@ -124,9 +128,9 @@ def walk(
 ) -> Iterator[Step]:
     """Go along `grid` from x (at grid.abar[0]); yields after every step. x is float32 or float64."""
     for i, (t, t_next) in enumerate(zip(grid.t.tolist(), grid.t_next.tolist(), strict=True)):
-        move = Mover.at(grid, i, draws, limit_x0)
+        move = Mover.at(grid, i, draws if draw_steps else None, limit_x0)
         if mask is not None and x0 is not None:
-            noisy = move.abar**0.5 * x0 + (1.0 - move.abar) ** 0.5 * (draws or Draws()).normal(x0.shape, x0)
+            noisy = move.abar**0.5 * x0 + (1.0 - move.abar) ** 0.5 * draws.normal(x0.shape, x0)
             x = noisy * mask + (1.0 - mask) * x
         denoise = denoiser.predict if scales is None else partial(denoiser.predict, scale=scales[i])
         x, pred_x0 = rule(x, t, t_next, denoise, move)

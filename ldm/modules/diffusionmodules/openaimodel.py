@@ -73,7 +73,7 @@ class UNetModel(nn.Module):
 
     def __init__(
         self,
-        image_size: int | None = None,  # kept for configs; any size works
+        image_size: int | None = None,  # kept for configs: any size works. SDXL's configs have none
         in_channels: int | None = None,
         model_channels: int | None = None,  # width of the first level
         out_channels: int | None = None,
@@ -92,7 +92,7 @@ class UNetModel(nn.Module):
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,  # residual blocks do the up- and downsampling
         use_new_attention_order: bool = False,
-        use_spatial_transformer: bool | None = None,  # default: when there is a context_dim
+        use_spatial_transformer: bool | None = None,  # default: when there is a context_dim, or no image_size (SDXL)
         transformer_depth: int | Sequence[int] = 1,  # blocks a transformer; one for all or one for each level
         context_dim: int | Sequence[int] | None = None,  # channels of the context
         n_embed: int | None = None,  # predict codebook ids (logits over n_embed) instead of the signal

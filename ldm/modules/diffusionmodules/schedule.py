@@ -150,7 +150,7 @@ def ddim_sigma(abar: np.ndarray, abar_prev: np.ndarray, eta: float) -> np.ndarra
 class Grid:
     """The steps of one walk, in walking order (noisiest first): step i leaves `t[i]`, where abar is `abar[i]`, for `abar_prev[i]`."""
 
-    t: np.ndarray  # int64 (N,), the timestep the model is asked at
+    t: np.ndarray  # int64 (N,), the timestep the model is asked at (float64 for solvers in continuous time)
     abar: np.ndarray  # float64 (N,)
     abar_prev: np.ndarray  # float64 (N,)
     sigma: np.ndarray  # float64 (N,), standard deviation of the noise added by the step
@@ -170,7 +170,7 @@ class Grid:
 
     def inverted(self) -> Grid:
         """The same road from clean to noisy, without noise: each step is evaluated at the level it leaves."""
-        t = np.concatenate([[0], self.t[:0:-1]]).astype(np.int64) if len(self) else self.t
+        t = np.concatenate([np.zeros(1, self.t.dtype), self.t[:0:-1]]) if len(self) else self.t
         return Grid(t, self.abar_prev[::-1].copy(), self.abar[::-1].copy(), np.zeros(len(self)))
 
 
@@ -213,6 +213,13 @@ class NoiseSchedule:
         """Signal-to-noise ratio abar / (1 - abar), float64 (T,)."""
         with np.errstate(divide="ignore"):
             return self.abar / (1 - self.abar)
+
+    def abar_at(self, t: float) -> float:
+        """abar at a timestep between the trained ones, by linear interpolation of log(abar) in t."""
+        i = int(t)
+        if t == i:
+            return float(self.abar[i])
+        return float(np.exp(np.interp(t, np.arange(self.T), np.log(np.maximum(self.abar, 1e-20)))))
 
     def grid(self, steps: int, eta: float = 0.0, spacing: str = "uniform", final: str = "first") -> Grid:
         """The walk in `steps` steps (1 to T; the uniform spacing may give a few more, as it always did), noisiest first.

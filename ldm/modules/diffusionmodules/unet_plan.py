@@ -139,11 +139,11 @@ class Plan:
 
 def plan_blocks(args: Mapping[str, Any]) -> tuple[Blocks, Blocks, Plan]:
     """From a network's checked constructor arguments: how to make blocks going down and going up, and which."""
-    context_dim, transformer = args.get("context_dim"), args.get("use_spatial_transformer")
+    context_dim = args.get("context_dim")
     blocks = Blocks(
         emb_channels=4 * args["model_channels"],
         new_attention_order=args["use_new_attention_order"],
-        transformer=context_dim is not None if transformer is None else transformer,
+        transformer=_uses_transformers(args),
         context_dim=context_dim if context_dim is None or isinstance(context_dim, int) else list(context_dim),
         use_linear=args.get("use_linear_in_transformer", False),
         **{field.name: args[field.name] for field in fields(Blocks) if field.name in args and field.name != "context_dim"},
@@ -161,6 +161,15 @@ def plan_blocks(args: Mapping[str, Any]) -> tuple[Blocks, Blocks, Plan]:
         no_self=[False] * levels if no_self is None else list(no_self),
     )
     return blocks, replace(blocks, num_heads=up_heads) if own_heads else blocks, plan
+
+
+def _uses_transformers(args: Mapping[str, Any]) -> bool:
+    """Whether attention is a SpatialTransformer, where the config leaves it open: with a context it is.
+
+    The SDXL code base knows no image_size and nothing but transformers, so that a config without both means one too.
+    """
+    asked = args.get("use_spatial_transformer")
+    return args.get("context_dim") is not None or args["image_size"] is None if asked is None else asked
 
 
 def build_down(blocks: Blocks, plan: Plan, first: nn.Module, channels: int) -> tuple[nn.ModuleList, list[int]]:
@@ -266,8 +275,8 @@ def _kind_faults(args: Mapping[str, Any]) -> list[str]:
         faults.append("use_spatial_transformer=True needs context_dim, the channels of the context")
     if transformer is False and context_dim is not None:
         faults.append(f"context_dim={context_dim} needs use_spatial_transformer=True")
-    if context_dim is not None and args["dims"] != 2:
-        faults.append(f"transformers work on images: dims={args['dims']} must be 2")
+    if _uses_transformers(args) and args["dims"] != 2:
+        faults.append(f"transformers work on images: dims={args['dims']} needs use_spatial_transformer=False")
     if isinstance(classes, str) and classes not in CLASS_KINDS:
         faults.append(f"num_classes={classes!r} must be a count or one of {', '.join(CLASS_KINDS)}")
     if classes == "sequential" and args["adm_in_channels"] is None:

@@ -1,0 +1,184 @@
+"""A training that stops and goes on gives the same weights, to the bit, as one that does not stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm.training import run as run_module
+from ldm.training.state import AtomicCheckpointIO, isolated_rng, rng_state, set_rng_state
+from tests.training.conftest import assert_same_weights, last
+
+ROOT = Path(__file__).resolve().parents[2]
+VAL = ["data.params.validation.target=tests.training.toy.NoisyData", "data.params.validation.params.size=6"]
+
+
+def steps(n: int) -> str:
+    return f"lightning.trainer.max_steps={n}"
+
+
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The models of the runs of this test, in order."""
+    seen: list = []
+    fit = run_module.fit
+
+    def spy(trainer, model, data, folder):  # noqa: ANN001
+        seen.append(model)
+        return fit(trainer, model, data, folder)
+
+    monkeypatch.setattr(run_module, "fit", spy)
+    return seen
+
+
+# 30 items in batches of 4 are 8 steps an epoch: 20 is in the middle of the third, 16 is the end of the second.
+@pytest.mark.parametrize(
+    "stops, words",
+    [
+        pytest.param([20], [], id="middle"),
+        pytest.param([16], [], id="end_of_epoch"),
+        pytest.param([3, 8, 13, 24, 33], [], id="many_times"),
+        pytest.param([20], ["data.params.num_workers=2"], id="workers"),
+        pytest.param([8, 20], [*VAL, "lightning.trainer.val_check_interval=4"], id="validation"),
+        pytest.param([6, 12, 15], ["lightning.trainer.limit_train_batches=6"], id="limited_epochs"),
+        pytest.param([21], ["lightning.trainer.accumulate_grad_batches=2"], id="accumulation"),
+        pytest.param([21], ["model.params.manual=true"], id="two_optimizers"),
+    ],
+)
+def test_exact(train: Callable[..., Path], models: list, stops: list[int], words: list[str]) -> None:
+    whole = train(steps(40), *words, name="whole")
+    parts = train(steps(stops[0]), *words, name="parts")
+    for stop in [*stops[1:], 40]:
+        train(steps(stop), resume=parts)
+    assert sum((model.seen for model in models[1:]), []) == models[0].seen
+    assert sum((model.captions for model in models[1:]), []) == models[0].captions
+    assert last(whole)["epoch"] == last(parts)["epoch"]
+    assert_same_weights(whole, parts)
+
+
+def test_epochs(train: Callable[..., Path], models: list) -> None:
+    """Counted in epochs, a resume at the end of one goes on with the next."""
+    epochs = "lightning.trainer.max_epochs={}".format
+    words = ["lightning.trainer.max_steps=-1", *VAL]
+    whole = train(*words, epochs(4), name="whole")
+    parts = train(*words, epochs(2), name="parts")
+    train(epochs(4), resume=parts)
+    assert models[1].seen + models[2].seen == models[0].seen
+    assert_same_weights(whole, parts)
+
+
+def test_pictures_and_validation_change_nothing(train: Callable[..., Path]) -> None:
+    plain = train(steps(10), name="plain")
+    busy = train(steps(10), *VAL, "lightning.callbacks.image_logger.params.batch_frequency=2", name="busy")
+    assert_same_weights(plain, busy)
+    names = {path.name for path in (busy / "images").rglob("*.png")}
+    assert "samples_gs-000008_e-000000_b-000007.png" in names
+    assert (busy / "images" / "val").is_dir()
+
+
+def test_workers_change_nothing(train: Callable[..., Path]) -> None:
+    assert_same_weights(train(steps(10), name="none"), train(steps(10), "data.params.num_workers=2", name="two"))
+
+
+def test_finished_run_resumes_to_nothing(train: Callable[..., Path]) -> None:
+    folder = train(steps(3))
+    train(resume=folder)
+    assert last(folder)["global_step"] == 3
+
+
+def test_max_steps_counts_batches_with_two_optimizers(train: Callable[..., Path], models: list) -> None:
+    train(steps(5), "model.params.manual=true")
+    assert len(models[0].seen) == 5
+
+
+def test_best_checkpoint_and_seed_of_the_run(train: Callable[..., Path]) -> None:
+    folder = train(steps(16), *VAL, "model.params.monitor=val/loss", "--seed", "7")
+    assert len(list((folder / "checkpoints").glob("epoch=*.ckpt"))) == 1
+    again = train(steps(16), *VAL, "model.params.monitor=val/loss", "--seed", "7", name="again")
+    assert_same_weights(folder, again)
+    train(steps(18), resume=folder)
+    records = sorted((folder / "configs").glob("*-run.yaml"))
+    assert all("seed: 7" in record.read_text() for record in records)
+
+
+# ---------------------------------------------------------------------- interruption
+def start(tmp_path: Path, config: Path, *words: str) -> subprocess.Popen:
+    """The real command, slowed down so that it can be caught in the act."""
+    command = [sys.executable, "main.py", "--base", str(config), "-t", "-n", "slow", "--trust", "tests", "--logdir", str(tmp_path / "slow")]
+    return subprocess.Popen([*command, steps(100000), *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+
+
+def wait_for_checkpoint(tmp_path: Path, process: subprocess.Popen) -> Path:
+    for _ in range(2000):
+        if found := list((tmp_path / "slow").glob("*/checkpoints/last.ckpt")):
+            return found[0]
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.05)
+    raise AssertionError("no checkpoint")
+
+
+def test_kill_leaves_a_whole_checkpoint(tmp_path: Path, config: Path, train: Callable[..., Path]) -> None:
+    process = start(tmp_path, config, "lightning.modelcheckpoint.params.every_n_train_steps=1")
+    path = wait_for_checkpoint(tmp_path, process)
+    process.kill()
+    process.communicate()
+    state = torch.load(path, weights_only=True)
+    goal = state["global_step"] + 3
+    train(steps(goal), resume=path.parents[1])
+    assert last(path.parents[1])["global_step"] == goal
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the platform has no SIGUSR1")
+def test_signals(tmp_path: Path, config: Path) -> None:
+    process = start(tmp_path, config, "lightning.modelcheckpoint.params.every_n_train_steps=3")
+    path = wait_for_checkpoint(tmp_path, process)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(0.3)
+    assert process.poll() is None, "SIGUSR1 saves and goes on"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, errors.decode()
+    assert f"--resume {path.parents[1]}" in errors.decode()
+    assert torch.load(path, weights_only=True)["global_step"] > 0
+
+
+def test_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"x": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        io.save_checkpoint({"x": lambda: None}, path)
+    assert torch.load(path, weights_only=True) == {"x": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_configs_in_hyper_parameters_become_plain(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    checkpoint = {"hyper_parameters": {"net": OmegaConf.create({"width": 3, "sizes": [1, 2]})}}
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["net"] == {"width": 3, "sizes": [1, 2]}
+
+
+def test_rng_state_round_trip(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> tuple:
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(()))
+
+    draw()  # leaves a cached second Gaussian in python and numpy
+    torch.save(rng_state(), tmp_path / "rng.pt")
+    expected = draw()
+    with isolated_rng(3):
+        inside = draw()
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert draw() == expected != inside
