@@ -15,7 +15,7 @@ _ADDRESSES = {
     "SetupCallback": "ldm.training.callbacks",
     "CUDACallback": "ldm.training.callbacks",
 }
-__all__ = sorted(_ADDRESSES)  # noqa: PLE0605 (resolved on demand, so that --help needs no torch)
+__all__ = sorted(_ADDRESSES)  # resolved on demand, so that --help needs no torch
 
 
 def __getattr__(name: str) -> Any:

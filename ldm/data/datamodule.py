@@ -90,6 +90,10 @@ class DataModuleFromConfig(pl.LightningDataModule):
     def _loader_of(self, split: str) -> Callable[[], Any]:
         return lambda: self.loader(split)
 
+    def prepare_data(self) -> None:
+        """Build the data sets on the first process of a machine before any other, for those that prepare files."""
+        self.setup()
+
     def setup(self, stage: str | None = None) -> None:
         """Build the data sets (once)."""
         for split, config in self.dataset_configs.items():

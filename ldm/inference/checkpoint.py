@@ -236,7 +236,7 @@ def load_weights(
     ignored = tuple(n for n in found if ignore and n.startswith(tuple(ignore)))
     for name in ignored:
         del found[name]
-    found, used = _choose_ema(found, own, ema, path)
+    found, used = choose_ema(found, own, ema, path)
     notes = _compare_settings(model, found, own)
     usable = {n: v for n, v in found.items() if n in own and n not in weight_names.SCHEDULE_BUFFERS}
     if make_it_fit:
@@ -260,7 +260,7 @@ def load_weights(
     return report
 
 
-def _choose_ema(found: dict[str, Tensor], own: Mapping[str, Tensor], mode: str, path: str | Path) -> tuple[dict[str, Tensor], str]:
+def choose_ema(found: dict[str, Tensor], own: Mapping[str, Tensor], mode: str, path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Decide between trained and averaged weights; returns the tensors under the model's names, and which were used."""
     found, used = dict(found), "none"
     for table in weight_names.ema_tables(own, found):  # weight -> its average

@@ -123,9 +123,8 @@ def _report(options: Options, summary: Summary, seconds: float) -> None:
     if options.safety == "off":
         told.append("no safety check")
     else:
-        told.append(
-            f"{summary.flagged} flagged by the safety check" + (" and replaced" * (summary.flagged > 0 and options.safety == "card"))
-        )
+        replaced = " and replaced" if summary.flagged and options.safety == "card" else ""
+        told.append(f"{summary.flagged} flagged by the safety check{replaced}")
     if options.watermark == "none" or summary.too_small == summary.drawn:
         told.append("no watermark")
     else:

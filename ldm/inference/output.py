@@ -186,7 +186,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise UserError(f"picture {name} cannot be read: {error}") from None
     if text is None:
         raise UserError(
-            f"picture {name} has no {METADATA_KEY}: it was not drawn by this program, or its metadata was stripped (grids have none: name a file of samples/)"
+            f"picture {name} has no {METADATA_KEY}: it was not drawn by this program, or its metadata was stripped "
+            "(grids have none: name a file of samples/)"
         )
     try:
         metadata = json.loads(text)

@@ -2,10 +2,12 @@
 
 Owns nothing that the training depends on: leaving all of these out gives the same weights. What resuming needs is in `state`.
 """
+# ruff: noqa: D102 (what a hook is for is documented by Lightning)
 
 from __future__ import annotations
 
 import csv
+import datetime
 import inspect
 import logging
 import math
@@ -118,9 +120,9 @@ class ImageLogger(Callback):
 
     def check_frequency(self, index: int) -> bool:
         """Whether pictures are due after this many updates (or batches)."""
-        if index == 0 or (index == 1 and self.log_first_step):
+        if index == 0:
             return self.log_first_step
-        return index % self.batch_freq == 0 or index in self.log_steps
+        return (index == 1 and self.log_first_step) or index % self.batch_freq == 0 or index in self.log_steps
 
     def log_img(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, split: str = "train") -> None:
         """Draw and write one set of grids, on the first process only."""
@@ -358,7 +360,7 @@ class ProgressLog(Callback):
         goal = self._goal(trainer)
         if goal and done > self._first:
             seconds = (time.monotonic() - self._start) * (goal - done) / (done - self._first)
-            words.append(f"left {time.strftime('%H:%M:%S', time.gmtime(max(seconds, 0)))}")
+            words.append(f"left {datetime.timedelta(seconds=max(round(seconds), 0))}")
         return "  ".join(words)
 
     @staticmethod

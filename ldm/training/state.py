@@ -4,6 +4,7 @@ Owns `checkpoints/last.ckpt`. Knows no model. A checkpoint is taken when a step 
 `on_train_batch_end` (where EMA is updated): Lightning calls callbacks before it, and a file written there lacks one EMA update.
 Validation and pictures draw from generators of their own, so it does not matter whether a resume repeats them.
 """
+# ruff: noqa: D102 (what a hook is for is documented by Lightning)
 
 from __future__ import annotations
 
@@ -101,13 +102,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.mps.set_rng_state(state["mps"].cpu())
 
 
+def seed_all(seed: int) -> None:
+    """Start all global generators from `seed` (unlike Lightning's function, without changing the seed of the run)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextlib.contextmanager
 def isolated_rng(seed: int) -> Iterator[None]:
     """Inside, the global generators start from `seed`; afterwards they go on as if nothing had been drawn."""
     state = rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    seed_all(seed)
     try:
         yield
     finally:
@@ -142,6 +148,8 @@ class RngStateCallback(Callback):
             if trainer.global_rank < len(self._loaded):
                 set_rng_state(self._loaded[trainer.global_rank])
             self._loaded = None
+        elif trainer.global_rank > 0:  # the same weights everywhere, but other noise
+            seed_all(self.seed + trainer.global_rank)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stack.enter_context(isolated_rng(self.seed + trainer.global_rank))
@@ -206,9 +214,14 @@ class _AfterStep(Callback):
             inner(outputs, batch, batch_idx)
             self.after_step(trainer, pl_module, outputs, batch, batch_idx)
 
-        pl_module.on_train_batch_end = finish  # an attribute of this instance, taken away in `teardown`
+        pl_module.on_train_batch_end = finish  # an attribute of this instance, taken away at the end
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        vars(pl_module).pop("on_train_batch_end", None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         vars(pl_module).pop("on_train_batch_end", None)
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -242,6 +255,13 @@ class LastCheckpoint(_AfterStep, Checkpoint):
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.path = Path(trainer.strategy.broadcast(str(self.path)))  # one path for all processes
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self.deafen()
+
     # -- signals
     def listen(self) -> None:
         """Install the signal handlers (from the main thread only)."""
@@ -267,6 +287,7 @@ class LastCheckpoint(_AfterStep, Checkpoint):
         super().on_train_start(trainer, pl_module)
         self._saved_at = updates_done(trainer)
         self._saved_when = time.monotonic()
+        self.listen()  # not earlier: while data is prepared, a signal may simply end the process
 
     def after_step(self, trainer: pl.Trainer, *_: Any) -> None:
         number = self._agreed_signal(trainer)
@@ -307,6 +328,8 @@ class LastCheckpoint(_AfterStep, Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if updates_done(trainer) > self._saved_at:  # the end was decided after the last batch, by early stopping for instance
             self._save(trainer)
+        super().on_train_end(trainer, pl_module)
+        self.deafen()
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved_at = updates_done(trainer)

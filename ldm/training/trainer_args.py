@@ -35,9 +35,19 @@ _RENAMED = {
 }
 # Legacy names without an effect that matters today.
 _DROPPED = (
-    "terminate_on_nan weights_summary progress_bar_refresh_rate flush_logs_every_n_steps prepare_data_per_node amp_backend "
-    "amp_level auto_lr_find auto_scale_batch_size stochastic_weight_avg log_gpu_memory track_grad_norm"
-).split()
+    "terminate_on_nan",
+    "weights_summary",
+    "progress_bar_refresh_rate",
+    "flush_logs_every_n_steps",
+    "prepare_data_per_node",
+    "amp_backend",
+    "amp_level",
+    "auto_lr_find",
+    "auto_scale_batch_size",
+    "stochastic_weight_avg",
+    "log_gpu_memory",
+    "track_grad_norm",
+)
 _STRATEGY_NAMES = ("ddp", "ddp2", "dp", "ddp_spawn", "ddp_sharded", "deepspeed", "fsdp")
 _OURS = ("callbacks", "logger", "default_root_dir", "datamodule", "model")
 
@@ -68,9 +78,11 @@ def parse_devices(devices: Any) -> Any:
     raise ConfigError(f"devices {devices!r} is not understood: use how many (2), which (0,1 or 0,) or auto")
 
 
-def trainer_arguments(section: Mapping[str, Any], options: argparse.Namespace, find_unused: bool = False) -> dict[str, Any]:
-    """Arguments for `pytorch_lightning.Trainer`: defaults, then the config's section, then flags."""
-    given = _modernise(dict(section))
+def trainer_arguments(lightning: Mapping[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `pytorch_lightning.Trainer`: defaults, then the config's `lightning` section, then flags."""
+    given = _modernise(dict(lightning.get("trainer") or {}))
+    if lightning.get("strategy") is not None:
+        given.setdefault("strategy", lightning["strategy"])
     if options.gpus is not None:
         given.update(parse_gpus(options.gpus))
     for flag in ("accelerator", "devices", "num_nodes", "strategy"):
@@ -78,7 +90,7 @@ def trainer_arguments(section: Mapping[str, Any], options: argparse.Namespace, f
             given[flag] = getattr(options, flag)
     arguments = {**DEFAULTS, **given}
     arguments["devices"] = parse_devices(arguments["devices"])
-    if find_unused and arguments.get("strategy") == "ddp":
+    if lightning.get("find_unused_parameters") and arguments.get("strategy") == "ddp":
         arguments["strategy"] = "ddp_find_unused_parameters_true"
     _check_names(arguments)
     return arguments
@@ -95,7 +107,8 @@ def _modernise(given: dict[str, Any]) -> dict[str, Any]:
             del given[name]
     if str(given.get("accelerator")) in _STRATEGY_NAMES:
         given.setdefault("strategy", given.pop("accelerator"))
-    given.pop("accelerator", None) if given.get("accelerator") is None else None
+    if given.get("accelerator") is None:
+        given.pop("accelerator", None)
     if given.get("gpus") is not None:
         given.update(parse_gpus(given["gpus"]))
     given.pop("gpus", None)

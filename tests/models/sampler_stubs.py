@@ -62,7 +62,7 @@ class Gaussian(StubModel):
         self.mean, self.std = mean, std
 
     def output(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
-        abar = torch.tensor(self.schedule.abar, dtype=x.dtype)[t].reshape(-1, *([1] * (x.ndim - 1)))
+        abar = torch.tensor([self.schedule.abar_at(s) for s in t.tolist()], dtype=x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
         variance = abar * self.std**2 + 1 - abar  # of x
         centred = x - abar.sqrt() * self.mean
         eps = (1 - abar).sqrt() * centred / variance

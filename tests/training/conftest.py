@@ -51,12 +51,11 @@ def train(tmp_path: Path, config: Path) -> Callable[..., Path]:
     from ldm.training.cli import main
 
     def call(*words: str, name: str = "run", resume: Path | None = None, code: int = 0) -> Path:
-        os.environ.pop("LDM_RUN_STARTED", None)
         source = ["--resume", str(resume)] if resume else ["--base", str(config), "--name", name]
         assert main([*source, "--train", "--trust", "tests", "--logdir", str(tmp_path / "logs"), *words]) == code
         if resume:
             return resume
-        return max((tmp_path / "logs").glob(f"*_{name}"))
+        return max((tmp_path / "logs").glob(f"*_{name}"))  # one run a name
 
     return call
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list:
     seen: list = []
     fit = run_module.fit
 
-    def spy(trainer, model, data, folder):  # noqa: ANN001
+    def spy(trainer, model, data, folder):
         seen.append(model)
         return fit(trainer, model, data, folder)
 
@@ -58,8 +59,8 @@ def test_exact(train: Callable[..., Path], models: list, stops: list[int], words
     parts = train(steps(stops[0]), *words, name="parts")
     for stop in [*stops[1:], 40]:
         train(steps(stop), resume=parts)
-    assert sum((model.seen for model in models[1:]), []) == models[0].seen
-    assert sum((model.captions for model in models[1:]), []) == models[0].captions
+    assert list(chain(*(model.seen for model in models[1:]))) == models[0].seen
+    assert list(chain(*(model.captions for model in models[1:]))) == models[0].captions
     assert last(whole)["epoch"] == last(parts)["epoch"]
     assert_same_weights(whole, parts)
 
@@ -110,44 +111,40 @@ def test_best_checkpoint_and_seed_of_the_run(train: Callable[..., Path]) -> None
 
 
 # ---------------------------------------------------------------------- interruption
-def start(tmp_path: Path, config: Path, *words: str) -> subprocess.Popen:
-    """The real command, slowed down so that it can be caught in the act."""
-    command = [sys.executable, "main.py", "--base", str(config), "-t", "-n", "slow", "--trust", "tests", "--logdir", str(tmp_path / "slow")]
-    return subprocess.Popen([*command, steps(100000), *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
-
-
-def wait_for_checkpoint(tmp_path: Path, process: subprocess.Popen) -> Path:
-    for _ in range(2000):
-        if found := list((tmp_path / "slow").glob("*/checkpoints/last.ckpt")):
-            return found[0]
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.05)
-    raise AssertionError("no checkpoint")
-
-
 def test_kill_leaves_a_whole_checkpoint(tmp_path: Path, config: Path, train: Callable[..., Path]) -> None:
-    process = start(tmp_path, config, "lightning.modelcheckpoint.params.every_n_train_steps=1")
-    path = wait_for_checkpoint(tmp_path, process)
-    process.kill()
-    process.communicate()
-    state = torch.load(path, weights_only=True)
-    goal = state["global_step"] + 3
-    train(steps(goal), resume=path.parents[1])
-    assert last(path.parents[1])["global_step"] == goal
+    """The real command, killed while it writes a checkpoint every step."""
+    command = [sys.executable, "main.py", "--base", str(config), "-t", "-n", "killed", "--trust", "tests"]
+    words = ["--logdir", str(tmp_path / "logs"), steps(100_000), "lightning.modelcheckpoint.params.every_n_train_steps=1"]
+    process = subprocess.Popen([*command, *words], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    try:
+        while not (found := list((tmp_path / "logs").glob("*/checkpoints/last.ckpt"))):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.05)
+        time.sleep(0.5)
+    finally:
+        process.kill()
+        process.communicate()
+    folder = found[0].parents[1]
+    goal = last(folder)["global_step"] + 3
+    train(steps(goal), resume=folder)
+    assert last(folder)["global_step"] == goal
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the platform has no SIGUSR1")
-def test_signals(tmp_path: Path, config: Path) -> None:
-    process = start(tmp_path, config, "lightning.modelcheckpoint.params.every_n_train_steps=3")
-    path = wait_for_checkpoint(tmp_path, process)
-    process.send_signal(signal.SIGUSR1)
-    time.sleep(0.3)
-    assert process.poll() is None, "SIGUSR1 saves and goes on"
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, errors.decode()
-    assert f"--resume {path.parents[1]}" in errors.decode()
-    assert torch.load(path, weights_only=True)["global_step"] > 0
+@pytest.mark.parametrize("name, code", [("SIGTERM", 128 + signal.SIGTERM), ("SIGINT", 128 + signal.SIGINT), ("SIGUSR1", 0)])
+def test_signals_save(train: Callable[..., Path], caplog: pytest.LogCaptureFixture, name: str, code: int) -> None:
+    """SIGTERM and ctrl-C finish the step, save and stop; SIGUSR1 saves and goes on. Nothing is lost by either."""
+    if not hasattr(signal, name):
+        pytest.skip(f"the platform has no {name}")
+    before = signal.getsignal(getattr(signal, name))
+    whole = train(steps(9), name="whole")
+    parts = train(steps(9), f"model.params.signals={{5: {name}}}", name="parts", code=code)
+    assert f"{name}: saved" in caplog.text
+    assert signal.getsignal(getattr(signal, name)) == before
+    if code:
+        assert f"--resume {parts}" in caplog.text
+        assert last(parts)["global_step"] == 5
+        train(steps(9), "model.params.signals=null", resume=parts)
+    assert_same_weights(whole, parts)
 
 
 def test_failed_save_keeps_the_old_file(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -32,11 +34,12 @@ class NoisyData(Dataset):
 class ToyModel(pl.LightningModule):
     """Denoises with one hidden layer."""
 
-    def __init__(self, width: int = 8, monitor: str | None = None, manual: bool = False) -> None:
+    def __init__(self, width: int = 8, monitor: str | None = None, manual: bool = False, signals: dict | None = None) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.3), nn.SiLU(), nn.Linear(width, 3))
         self.register_buffer("ema", torch.zeros(width, 3))
         self.monitor = monitor
+        self.signals = signals or {}  # batches seen -> name of a signal that this process then gets
         self.automatic_optimization = not manual
         self.seen: list[list[int]] = []
         self.captions: list[str] = []
@@ -51,6 +54,8 @@ class ToyModel(pl.LightningModule):
     def training_step(self, batch: dict, batch_idx: int) -> Tensor | None:
         self.seen.append(batch["index"].tolist())
         self.captions += batch["caption"]
+        if len(self.seen) in self.signals:
+            os.kill(os.getpid(), getattr(signal, self.signals[len(self.seen)]))
         loss = self._loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         if self.automatic_optimization:

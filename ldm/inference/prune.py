@@ -1,0 +1,49 @@
+"""From a training checkpoint to a file worth shipping: no optimizer state, one set of weights, any precision.
+
+Owns the choice; reading, names and writing are `checkpoint`'s. Knows no model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ldm.inference import weight_names
+from ldm.inference.checkpoint import EMA_MODES, choose_ema, read_state_dict, save_weights
+from ldm.util import CheckpointError, UserError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def prune(
+    source: str | Path,
+    target: str | Path,
+    *,
+    ema: str = "auto",
+    dtype: str = "float16",
+    part: str | None = None,
+    overwrite: bool = False,
+    metadata: dict[str, str] | None = None,
+) -> dict[str, int]:
+    """Write the weights in `source` (.ckpt or .safetensors) to `target` (.safetensors); gives {tensors, elements, bytes}.
+
+    Args:
+        ema: "auto" takes moving averages where there are any, "ema" insists on them, "raw" takes the trained weights.
+        dtype: of the stored weights, one of `DTYPES`. Schedules and single numbers keep theirs.
+        part: keep only names under this prefix, without it (such as `first_stage_model`).
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}")
+    if ema not in EMA_MODES:
+        raise UserError(f"ema {ema!r} is unknown; use {', '.join(EMA_MODES)}")
+    state, used = choose_ema(read_state_dict(source), {}, ema, source)
+    state = {n: v for n, v in state.items() if not weight_names.is_ema_state(n) and not n.startswith("loss.")}
+    if part is not None:
+        prefix = part.rstrip(".") + "."
+        state = {n[len(prefix) :]: v for n, v in state.items() if n.startswith(prefix)}
+        if not state:
+            raise CheckpointError(f"{source} has nothing under {prefix}; it holds {weight_names.likely_content(read_state_dict(source))}")
+    header = {"source": Path(source).name, "averages": used, "dtype": dtype, **(metadata or {})}
+    path = save_weights(state, target, metadata=header, dtype=DTYPES[dtype], overwrite=overwrite)
+    return {"tensors": len(state), "elements": sum(v.numel() for v in state.values()), "bytes": path.stat().st_size}

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from ldm.inference import args as module
+from ldm.inference import facts
+from ldm.inference.args import parse
+from ldm.inference.facts import ModelFacts, read_facts
+from ldm.inference.output import OutputFolder, metadata_texts
+from ldm.inference.session import recorded_options
+from ldm.util import ConfigError, UserError
+from tests.inference.tiny import DATA
+
+TINY = DATA / "tiny_text2image.yaml"
+
+
+@pytest.fixture
+def ckpt(tmp_path: Path) -> str:
+    """A weights file that is never read, its config beside it."""
+    (tmp_path / "config.yaml").write_text(TINY.read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    return str(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def legacy(tmp_path: Path) -> str:
+    """As `ckpt`, of a model whose YAML has no defaults of its own."""
+    config = yaml.safe_load(TINY.read_text())
+    del config["sampling"]
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "old.ckpt").write_bytes(b"")
+    return str(tmp_path / "old.ckpt")
+
+
+@pytest.fixture
+def shipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stands for models/shapes."""
+    folder = tmp_path / "models" / "shapes"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(TINY.read_text())
+    (folder / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(facts, "SHIPPED_CONFIG", folder / "config.yaml")
+    monkeypatch.setattr(module, "SHIPPED_WEIGHTS", folder / "model.safetensors")
+    return folder
+
+
+def own(ckpt: str, *flags: str) -> list[str]:
+    return ["--ckpt", ckpt, "--safety", "off", "--prompt", "x", *flags]
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\nfrom ldm.inference.args import build_parser\nfor task in ('txt2img', 'img2img'): build_parser(task).format_help()\n"
+        "print([m for m in ('torch', 'pytorch_lightning', 'transformers', 'cv2', 'omegaconf') if m in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_the_model_that_ships_sets_the_defaults(shipped: Path):
+    options = parse("txt2img", [])
+    assert (options.sampler, options.steps, options.scale) == ("ddim", 4, 2.0)
+    assert (options.H, options.W, options.C, options.f) == (64, 64, 4, 8)
+    assert (options.n_samples, options.n_iter, options.columns) == (4, 1, 4)
+    assert options.ckpt == str(shipped / "model.safetensors") and not options.own_model
+    assert options.prompts == [module.DEFAULT_PROMPT] * 4
+    assert (options.safety, options.watermark, options.rng, options.seed) == ("card", "dwtDctSvd", "image", 42)
+
+
+def test_naming_the_shipped_weights_is_no_model_of_ones_own(shipped: Path):
+    assert not parse("txt2img", ["--ckpt", str(shipped / "model.safetensors"), "--prompt", "x"]).own_model
+
+
+def test_a_model_of_ones_own_gets_the_originals_defaults(legacy: str, tmp_path: Path):
+    options = parse("txt2img", own(legacy))
+    assert (options.sampler, options.steps, options.scale, options.n_samples, options.n_iter) == ("ddim", 50, 7.5, 3, 2)
+    assert options.config == str(tmp_path / "old.yaml") and options.own_model
+    Image.new("RGB", (100, 150)).save(tmp_path / "init.png")
+    options = parse("img2img", own(legacy, "--init-img", str(tmp_path / "init.png")))
+    assert (options.scale, options.n_samples, options.n_iter, options.strength) == (5.0, 2, 1, 0.75)
+    assert (options.W, options.H) == (96, 144)  # nearest multiples of 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        (["--ddim_steps", "7"], "steps", 7),
+        (["--steps", "7"], "steps", 7),
+        (["--ddim-steps=7"], "steps", 7),
+        (["--plms"], "sampler", "plms"),
+        (["--negative-prompt", "red-ish thing"], "negative_prompt", "red-ish thing"),
+        (["--n-samples", "2"], "n_samples", 2),
+        (["--bf16"], "precision", "bf16"),
+        (["--fixed-code"], "fixed_code", True),
+        (["--skip-grid", "--skip_save"], "skip_save", True),
+        (["--scale=-1.5"], "scale", -1.5),
+        (["--H", "80"], "H", 80),
+        (["--watermark_text", "me"], "watermark_text", "me"),
+    ],
+)
+def test_both_dialects_and_both_spellings(ckpt: str, flags: list[str], field: str, value: object):
+    assert getattr(parse("txt2img", own(ckpt, *flags)), field) == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--H", "250"], "--H 250 must be a multiple of 16: use 240 or 256"),
+        (["--W", "5"], "--W 5 must be a multiple of 16: use 16"),
+        (["--ddim_steps", "0"], "--steps 0 must lie in 1 to 1000"),
+        (["--steps", "1001"], "--steps 1001 must lie in 1 to 1000"),
+        (["--sampler", "eular"], "unknown sampler 'eular': use one of ddim, plms"),
+        (["--plms", "--ddim_eta", "0.5"], "--ddim_eta 0.5 has no meaning for sampler plms"),
+        (["--n_samples", "0"], "--n_samples 0 must be at least 1"),
+        (["--n_iter", "-1"], "--n_iter -1 must be at least 1"),
+        (["--n_rows", "-1"], "--n_rows -1 must be 0"),
+        (["--seed", "-1"], "--seed -1 must lie in 0 to 4294967295"),
+        (["--scale", "nan"], "--scale nan must be a finite number"),
+        (["--ddim_eta", "-1"], "--ddim_eta -1.0 must be 0 or more"),
+        (["--C", "3"], "--C 3 does not fit the model, whose config says 4"),
+        (["--f", "4"], "--f 4 does not fit the model, whose config says 8"),
+        (["--laion400m"], "--laion400m is not supported"),
+        (["--torchscript"], "--torchscript is not supported"),
+        (["--ipex"], "--ipex is not supported"),
+        (["--watermark_text", "too long"], "--watermark_text 'too long' must be 1 to 4"),
+        (["--safety_ckpt", "/nowhere"], "safety weights '/nowhere' do not exist"),
+        (["--config", "/nowhere.yaml"], "config '/nowhere.yaml' does not exist"),
+    ],
+)
+def test_wrong_input_is_told_before_weights_are_read(ckpt: str, flags: list[str], message: str):
+    with pytest.raises(UserError, match="^" + message.replace("(", r"\(").replace(".", r"\.")):
+        parse("txt2img", own(ckpt, *flags))
+
+
+def test_everything_wrong_is_told_at_once(ckpt: str):
+    with pytest.raises(UserError) as caught:
+        parse("txt2img", own(ckpt, "--H", "250", "--steps", "0", "--sampler", "x", "--seed", "-1"))
+    text = str(caught.value)
+    assert all(part in text for part in ("--H 250", "--steps 0", "unknown sampler", "--seed -1")) and "\n" not in text
+
+
+def test_missing_files_are_told(tmp_path: Path, ckpt: str):
+    with pytest.raises(UserError, match=r"checkpoint '/nowhere\.ckpt' does not exist"):
+        parse("txt2img", own("/nowhere.ckpt"))
+    with pytest.raises(UserError, match=r"prompt file '/nowhere\.txt' does not exist"):
+        parse("txt2img", ["--ckpt", ckpt, "--safety", "off", "--from-file", "/nowhere.txt"])
+    with pytest.raises(UserError, match="needs a picture to start from"):
+        parse("img2img", own(ckpt))
+    (tmp_path / "init.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"--init-img: .*not a picture"):
+        parse("img2img", own(ckpt, "--init_img", str(tmp_path / "init.png")))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone/some.ckpt").write_bytes(b"")
+    if not facts.LEGACY_CONFIG.is_file():
+        with pytest.raises(UserError, match="name it by --config"):
+            parse("txt2img", own(str(tmp_path / "alone/some.ckpt")))
+
+
+def test_strength_lies_in_0_to_1(ckpt: str, tmp_path: Path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "init.png")
+    for strength in ("-0.1", "1.1", "nan"):
+        with pytest.raises(UserError, match=r"--strength .* must lie in 0 to 1"):
+            parse("img2img", own(ckpt, "--init-img", str(tmp_path / "init.png"), "--strength", strength))
+    assert parse("img2img", own(ckpt, "--init-img", str(tmp_path / "init.png"), "--strength", "1")).strength == 1.0
+
+
+def test_no_safety_weights_is_a_refusal_that_names_the_flags(ckpt: str):
+    with pytest.raises(UserError, match=r"--safety_ckpt, or choose --safety off"):
+        parse("txt2img", ["--ckpt", ckpt, "--prompt", "x"])
+
+
+def test_a_model_of_ones_own_has_no_default_prompt(ckpt: str):
+    with pytest.raises(UserError, match="nothing to draw"):
+        parse("txt2img", ["--ckpt", ckpt, "--safety", "off"])
+
+
+@pytest.mark.parametrize("flags", [["--stepz", "4"], ["--H", "abc"], ["--rng", "none"], ["--prompt", "a", "--from_file", "b"], ["stray"]])
+def test_what_the_parser_refuses_is_one_line_and_code_2(ckpt: str, flags: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as caught:
+        parse("txt2img", ["--ckpt", ckpt, *flags])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_a_prompt_file_is_repeated_line_by_line(ckpt: str, tmp_path: Path):
+    (tmp_path / "p.txt").write_text("a\n\n# b\nc\n")
+    options = parse("txt2img", ["--ckpt", ckpt, "--safety", "off", "--from-file", str(tmp_path / "p.txt"), "--repeat", "2"])
+    assert options.prompts == ["a", "a", "c", "c"]
+
+
+def test_facts_of_published_configs():
+    unet = {"params": {"channel_mult": [1, 2, 4, 4], "out_channels": 4}}
+    stage = {"params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
+    assert _facts(image_size=64, channels=4, unet_config=unet, first_stage_config=stage).multiple == 64
+    assert _facts(image_size=[32, 32], channels=4, unet_config=unet, first_stage_config=stage).image_size == 32
+    patched = {"params": {"ddconfig": {"ch_mult": [1, 2, 2], "patch_size": 4}}}
+    assert _facts(image_size=16, unet_config=unet, first_stage_config=patched).factor == 16
+    assert _facts(image_size=16, unet_config=unet, first_stage_config={"target": "IdentityFirstStage"}).factor == 1
+
+
+def _facts(**params: object) -> ModelFacts:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(yaml.safe_dump({"model": {"target": "x", "params": params}}))
+        file.flush()
+        return read_facts(file.name)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "model: 3", "model: {params: {}}", "model: {", "a: ${b}", "sampling: {stepz: 3}"])
+def test_a_config_of_something_else_is_refused(tmp_path: Path, text: str):
+    if text.startswith("sampling"):
+        text += "\n" + TINY.read_text().partition("sampling:")[0]
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        read_facts(tmp_path / "c.yaml")
+
+
+# ---------------------------------------------------------------------- --reproduce
+def picture(ckpt: str, tmp_path: Path, **changes: object) -> str:
+    """A PNG with the record of a run with `ckpt`."""
+    options = dataclasses.replace(parse("txt2img", own(ckpt, "--seed", "9", "--steps", "3", "--negative_prompt", "no")))
+    record = json.loads(json.dumps(recorded_options(options))) | changes
+    batch = {"index": 0, "start": 0, "prompts": ["x"], "negatives": ["no"], "seeds": [9]}
+    texts = metadata_texts(
+        {"prompt": "x", "seed": 9, "options": record, "model": {"sha256": "0", "ckpt": "m"}, "batch": batch, "versions": {"ldm": "1"}}
+        if {"steps", "sampler", "scale", "W", "H"} <= set(record)
+        else {}
+    )
+    import numpy as np
+
+    return str(OutputFolder(tmp_path / "seen").save_sample(np.zeros((64, 64, 3), np.uint8), texts))
+
+
+def test_reproduce_takes_the_flags_from_the_picture(ckpt: str, tmp_path: Path):
+    options = parse("txt2img", ["--reproduce", picture(ckpt, tmp_path), "--outdir", "elsewhere"])
+    assert (options.seed, options.steps, options.negative_prompt, options.outdir) == (9, 3, "no", "elsewhere")
+    assert options.ckpt == ckpt and options.safety == "off"
+
+
+def test_reproduce_goes_with_no_flag_that_changes_the_picture(ckpt: str, tmp_path: Path):
+    with pytest.raises(UserError, match="leave out --seed, --steps"):
+        parse("txt2img", ["--reproduce", picture(ckpt, tmp_path), "--steps", "5", "--seed", "1"])
+    with pytest.raises(UserError, match=r"use scripts/txt2img\.py --reproduce"):
+        parse("img2img", ["--reproduce", picture(ckpt, tmp_path)])
+
+
+@pytest.mark.parametrize("change", [{"steps": "3"}, {"seed": True}, {"rng": "other"}, {"safety": "none"}, {"precision": "fp8"}])
+def test_a_tampered_record_is_refused(ckpt: str, tmp_path: Path, change: dict[str, object]):
+    with pytest.raises(UserError, match="tampered"):
+        parse("txt2img", ["--reproduce", picture(ckpt, tmp_path, **change)])
+
+
+def test_a_picture_can_neither_widen_trust_nor_choose_the_folder(ckpt: str, tmp_path: Path):
+    options = parse("txt2img", ["--reproduce", picture(ckpt, tmp_path, trust=["os"], outdir="/etc", verbose=True)])
+    assert options.trust == [] and options.outdir == "outputs/txt2img-samples" and not options.verbose
