@@ -28,7 +28,7 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def guarded(run: Callable[[], None]) -> int:
+def guarded(run: Callable[[], object]) -> int:
     """Run, and turn what the user can mend into `error: ...` and exit code 2."""
     try:
         run()

@@ -65,10 +65,12 @@ def load_model(
     Built without memory and filled from the file; a model that cannot be is built in memory first. Start weights and training
     losses that a training config names are left out: the checkpoint holds all that drawing needs.
     """
-    model_config = drawing_config(read_config(config)["model"])
+    model_config = read_config(config)["model"]
+    _check_target(model_config.get("target"))
+    model_config = drawing_config(model_config)
     model = _load_on_meta(model_config, ckpt, ema)
     if model is None:
-        model = _checked(instantiate_from_config(model_config), model_config)
+        model = instantiate_from_config(model_config)
         load_weights(model, ckpt, ema=ema)
     return model.float().eval().requires_grad_(False).to(device)
 
@@ -80,7 +82,6 @@ def _load_on_meta(model_config: dict[str, Any], ckpt: str | Path, ema: str) -> A
     except (NotImplementedError, RuntimeError) as error:  # a constructor that looks at its own values
         log.info("cannot be built without memory (%s)", error)
         return None
-    _checked(model, model_config)
     if any(tensor.is_meta for tensor in _unsaved_buffers(model)):
         return None
     load_weights(model, ckpt, ema=ema)
@@ -92,10 +93,10 @@ def _unsaved_buffers(model: torch.nn.Module) -> Iterator[Tensor]:
     yield from (value for name, value in model.named_buffers() if name not in saved)
 
 
-def _checked(model: Any, config: dict[str, Any]) -> Any:
-    if not (hasattr(model, "apply_model") and hasattr(model, "decode_first_stage")):
-        raise ConfigError(f"{config.get('target')} does not draw from prompts: the config must be of a LatentDiffusion")
-    return model
+def _check_target(target: Any) -> None:
+    cls = get_obj_from_str(target)
+    if not (hasattr(cls, "apply_model") and hasattr(cls, "decode_first_stage")):
+        raise ConfigError(f"{target} does not draw from prompts: the config must be of a LatentDiffusion")
 
 
 def drawing_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -171,7 +171,7 @@ class PublishedTower(nn.Module):
 
         super().__init__()
         config = CLIPVisionConfig(**vision_config)
-        self.image_size = int(config.image_size)
+        self.image_size = int(vision_config["image_size"])
         self.vision_model = CLIPVisionModel(config)
         self.visual_projection = nn.Linear(config.hidden_size, projection_dim, bias=False)
 
@@ -189,7 +189,7 @@ def clip_pixels(image: np.ndarray, size: int) -> Tensor:
     resized = Image.fromarray(image).resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
     top, left = (resized.height - size) // 2, (resized.width - size) // 2
     square = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32) / 255.0
-    return torch.from_numpy(((square - np.float32(_MEAN)) / np.float32(_STD)).transpose(2, 0, 1))
+    return torch.from_numpy(((square - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)).transpose(2, 0, 1))
 
 
 def _load_published(folder: Path, weights: Path) -> SafetyChecker:

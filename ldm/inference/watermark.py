@@ -3,11 +3,11 @@
 Owns payloads and the RGB/BGR border to the library `invisible-watermark`; that library (and with it cv2) is imported on first use.
 
 The default is the library's dwtDctSvd at its own scale with 48 bits: four ASCII bytes and their CRC-16, so that a reader knows a
-mark from chance (1 in 65,536) without knowing the text. Measured on 48 flat 256-pixel scenes in the colours of the Shapes world,
-clean and with noise of one level: read from 96 of 96, against 72 of 96 for dwtDct with the same bits and 66 of 96 with the
-originals' 136 bits (dwtDct never on white); after JPEG 90, 71 of 96 against none. Other scales of dwtDctSvd did worse (24: 77 of
-96, 18: 12, 12: 0). The mark lives in U (YUV), where it moves single pixels by about 6 levels and channel means by up to 2. Flat
-pure white or black leaves U no room, so a mark that does not read back is embedded once more with the pixels drawn in to HEADROOM.
+mark from chance (1 in 65,536) without knowing the text. Measured on 144 flat 256-pixel scenes of the Shapes world (four backgrounds,
+noise of 0, 1 and 2 levels): read from all 144, also after JPEG 95 and 90, from 13 after JPEG 75; 44 dB, single values move by at most
+13 levels, channel means by at most 3.6. In 96 like pictures dwtDct gave back the same 48 bits from 72 and the originals' 136 bits from
+66 (never on white), neither after any JPEG; other scales of dwtDctSvd did worse (24: 77 of 96, 18: 12, 12: 0). Flat pure white or black
+leaves no room in U, so a mark that does not read back is embedded once more with the pixels drawn in to HEADROOM.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Watermarker:
 def _embed_svd(image: np.ndarray, bits: list[int]) -> np.ndarray:
     """The library's dwtDctSvd, with the wavelet bands put back in their places.
 
-    Its own `encode` swaps the horizontal and vertical band, which smears colours by up to 72 levels at sharp edges. What it reads
-    back, the low band, is the same.
+    Its own `encode` swaps the horizontal and vertical band, which smears colours at sharp edges (by up to 165 levels; 39.6 dB against
+    44.0 without, on flat scenes). What a decoder reads, the low band, is the same.
     """
     import cv2
     import pywt

@@ -328,13 +328,14 @@ class ProgressLog(Callback):
         super().__init__()
         self.every_n_seconds = every_n_seconds
         self._speed, self._start, self._shown = _Speed(), 0.0, -math.inf
-        self._first = 0
+        self._first = self._epoch = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._speed, self._start, self._first = _Speed(), time.monotonic(), updates_done(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._speed.step(batch_items(batch) * trainer.world_size)
+        self._epoch = trainer.current_epoch
         if trainer.is_global_zero and time.monotonic() - self._shown >= self.every_n_seconds:
             self._shown = time.monotonic()
             log.info(self.line(trainer))
@@ -353,7 +354,7 @@ class ProgressLog(Callback):
     def line(self, trainer: pl.Trainer) -> str:
         """Step, epoch, what the model shows in the bar, learning rate, speed, and the time left when there is an end."""
         done = updates_done(trainer)
-        words = [f"step {done}", f"epoch {trainer.current_epoch}"]
+        words = [f"step {done}", f"epoch {self._epoch}"]
         shown = {name: value for name, value in trainer.progress_bar_metrics.items() if not name.endswith("_epoch")}
         words += [f"{name} {float(value):.4g}" for name, value in shown.items() if name != "v_num"]
         words += [f"lr {_learning_rate(trainer):.2e}", f"{self._speed.rate:.1f} img/s"]

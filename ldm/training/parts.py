@@ -162,6 +162,6 @@ def build_trainer(
 
 
 def _check_manual(arguments: Mapping[str, Any]) -> None:
-    for name in ("gradient_clip_val", "accumulate_grad_batches"):
-        if arguments.get(name) not in (None, 0, 0.0, 1):
+    for name, neutral in (("gradient_clip_val", 0), ("accumulate_grad_batches", 1)):
+        if arguments.get(name) not in (None, neutral):
             raise ConfigError(f"this model steps its optimizers itself: set model.params.{name} instead of lightning.trainer.{name}")

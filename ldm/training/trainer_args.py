@@ -67,7 +67,9 @@ def parse_gpus(gpus: Any) -> dict[str, Any]:
 
 
 def parse_devices(devices: Any) -> Any:
-    """`auto`, a number of devices, or (with a comma) their indices."""
+    """`auto`, a number of devices, or (as a list, or with a comma) their indices."""
+    if isinstance(devices, list) and devices and all(isinstance(device, int) for device in devices):
+        return devices
     text = str(devices).strip("[]() ").replace(" ", "")
     if text == "auto":
         return text

@@ -12,6 +12,11 @@ from tests.models.sampler_stubs import Analytic, Gaussian
 SHAPE = (4, 8, 8)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def run(ref, sampler, seed, guidance=None, **kwargs):
     """The stored cases' recipe: every step kept, one draw afterwards to see how many came before."""
     if guidance is not None:

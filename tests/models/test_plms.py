@@ -9,6 +9,11 @@ from tests.models.sampler_stubs import Analytic
 from tests.models.test_ddim import SHAPE, run
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("steps", [20, 50])
 def test_published_numbers(reference, steps):
     ref = reference(f"d20_plms_{steps}_cfg")

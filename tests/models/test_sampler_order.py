@@ -16,6 +16,11 @@ STEPS = (100, 200, 250, 500)  # divisors of 1000 give an even grid
 ALL_KINDS_OF_STEPS = [1, 2, 3, 4, 7, 9, 10, 27, 30, 36, 37, *range(101, 112), 250, 251, 333, 500, 501, 600, 999, 1000]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def flow_error(sampler, steps: int) -> float:
     """Largest distance from the exact flow at timestep 1, in float64.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,39 @@ def test_best_checkpoint_and_seed_of_the_run(train: Callable[..., Path]) -> None
     train(steps(18), resume=folder)
     records = sorted((folder / "configs").glob("*-run.yaml"))
     assert all("seed: 7" in record.read_text() for record in records)
+
+
+def test_resume_from_the_best(train: Callable[..., Path], tmp_path: Path) -> None:
+    """The best checkpoint is taken after a validation; going on from it is as exact as going on from the last."""
+    words = [*VAL, "model.params.monitor=val/loss", "lightning.trainer.val_check_interval=4"]
+    keep = "lightning.modelcheckpoint.params.save_top_k=10"
+    whole = train(steps(20), *words, name="whole")
+    parts = train(steps(16), *words, keep, name="parts")
+    for step in (4, 8):  # in the middle of an epoch, and at its end
+        best = next((parts / "checkpoints").glob(f"epoch=*-step={step:09}.ckpt"))
+        copy = tmp_path / f"from_{step}"
+        shutil.copytree(parts / "configs", copy / "configs")
+        (copy / "checkpoints").mkdir()
+        shutil.copy(best, copy / "checkpoints" / "last.ckpt")
+        train(steps(20), resume=copy)
+        assert_same_weights(whole, copy)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path, config: Path) -> None:
+    """DDP on the CPU: both processes take their part of every batch, and a resume is exact."""
+
+    def launch(*words: str) -> None:
+        flags = ["-t", "--trust", "tests", "--logdir", str(tmp_path / "ddp"), "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "main.py", *flags, *words], cwd=ROOT, env=environment, check=True)
+
+    launch("-b", str(config), "-n", "whole", steps(6))
+    launch("-b", str(config), "-n", "parts", steps(3))
+    whole, parts = (next((tmp_path / "ddp").glob(f"*_{name}")) for name in ("whole", "parts"))
+    launch("-r", str(parts), steps(6))
+    assert_same_weights(whole, parts)
+    assert len(last(whole)["rng_state"]) == 2
 
 
 # ---------------------------------------------------------------------- interruption

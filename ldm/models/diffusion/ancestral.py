@@ -47,8 +47,16 @@ def p_mean_variance(
     if clip_denoised:
         x0 = x0.clamp(-1.0, 1.0)
     if quantize_denoised:
-        x0 = model.first_stage_model.quantize(x0)[0]
+        x0 = _snap(model.first_stage_model, x0)
     return (*model.q_posterior(x_start=x0, x_t=x, t=t), x0)
+
+
+def _snap(first_stage: Any, x0: Tensor) -> Tensor:
+    """x0 with every vector replaced by the nearest one of the codebook."""
+    if not hasattr(first_stage, "quantize"):
+        raise UserError(f"quantize_denoised needs a first stage with a codebook (VQModelInterface), not {type(first_stage).__name__}")
+    out = first_stage.quantize(x0)
+    return out[0] if isinstance(out, tuple) else out
 
 
 def p_sample(

@@ -6,6 +6,7 @@ is DDPM's; pictures for the log are made in `panels`. Source: latent diffusion (
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from ldm.util import ConfigError, default, instantiate_from_config, plain
 
 log = logging.getLogger(__name__)
 
-TEXT_KEYS = ("caption", "txt", "coordinates_bbox")  # batch entries handed to the cond stage as they are
+TEXT_KEYS = ("caption", "txt")  # the empty text is their empty condition
+RAW_KEYS = (*TEXT_KEYS, "coordinates_bbox")  # batch entries handed to the cond stage as they are
 CLASS_KEYS = ("class_label", "cls")  # the cond stage gets the whole batch
 
 
@@ -93,11 +95,19 @@ class LatentDiffusion(DDPM):
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys, only_model=load_only_unet)
             if reset_ema and self.use_ema:
-                self.model_ema = LitEma(self.model, decay=kwargs.get("ema_decay", 0.9999))
+                self._start_ema(kwargs.get("ema_decay", 0.9999))
         if reset_num and self.use_ema:
             self.model_ema.reset_num_updates()
+            if ema_cond_stage:
+                self.cond_stage_ema.reset_num_updates()
 
     # ------------------------------------------------------------------ building
+    def _start_ema(self, decay: float) -> None:
+        """Let the averages start anew, from the present weights."""
+        self.model_ema = LitEma(self.model, decay=decay)
+        if self.ema_cond_stage:
+            self.cond_stage_ema = LitEma(self.cond_stage_model, decay=decay)
+
     def _build_first_stage(self, config: Any) -> None:
         stage = instantiate_from_config(config)
         self.first_stage_model = freeze(IdentityFirstStage() if stage is None else stage)
@@ -201,6 +211,8 @@ class LatentDiffusion(DDPM):
     def get_learned_conditioning(self, c: Any) -> Any:
         """What the network is conditioned on, from raw conditioning such as a list of captions."""
         stage = self.cond_stage_model
+        if stage is None:
+            raise ConfigError("this model has no cond stage (cond_stage_config is __is_unconditional__), so there is nothing to encode with")
         if self.cond_stage_forward is not None:
             return getattr(stage, self.cond_stage_forward)(c)
         if callable(getattr(stage, "encode", None)):
@@ -226,12 +238,14 @@ class LatentDiffusion(DDPM):
 
     def _raw_conditioning(self, batch: dict[str, Any], cond_key: str, x: Tensor | None, k: str) -> Any:
         if cond_key == k:
+            if x is None:
+                raise ConfigError(f"the cond stage needs the batch's {k!r}, and a batch with cached latents has only z")
             return x
         if cond_key in CLASS_KEYS:
             return batch
         if cond_key not in batch:
             raise ConfigError(f"the batch has no {cond_key!r}; it has {', '.join(sorted(batch))}: set cond_stage_key")
-        if cond_key in TEXT_KEYS:
+        if cond_key in RAW_KEYS:
             return batch[cond_key]
         return super().get_input(batch, cond_key).to(self.device)
 
@@ -303,8 +317,12 @@ class LatentDiffusion(DDPM):
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The network, and the cond stage when it is trained."""
         params = super().trainable_parameters()
-        if self.cond_stage_trainable:
-            params += [p for p in self.cond_stage_model.parameters() if p.requires_grad]
+        if self.cond_stage_trainable and self.cond_stage_model is not None:
+            own = list(self.cond_stage_model.parameters())
+            free = [p for p in own if p.requires_grad]
+            if own and not free:
+                raise ConfigError("cond_stage_trainable is true, but all weights of the cond stage are frozen: give it freeze: false")
+            params += free
         return params
 
     # ------------------------------------------------------------------ ancestral sampling
@@ -366,6 +384,9 @@ class LatentDiffusion(DDPM):
         """Pictures for the training log; see `panels.latent_panels` for the options."""
         from ldm.models.diffusion.panels import latent_panels
 
+        known = list(inspect.signature(latent_panels).parameters)[2:]
+        if unknown := sorted(set(options) - set(known)):
+            raise ConfigError(f"log_images does not know {', '.join(unknown)}; it takes {', '.join(known)}")
         return latent_panels(self, batch, N=N, n_row=n_row, **options)
 
 

@@ -5,6 +5,7 @@ Consumers of the model and of the samplers; nothing here changes the model.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from einops import rearrange
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.diffusion.conditioning import cut_batch
-from ldm.util import isimage, log_txt_as_img
+from ldm.util import ConfigError, isimage, log_txt_as_img
 
 
 def rows_to_grid(rows: list[Tensor]) -> Tensor:
@@ -60,16 +62,21 @@ def latent_panels(
     unconditional_guidance_scale: float = 1.0,
     unconditional_guidance_label: Any = None,
     use_ema_scope: bool = True,
-    **ignored: Any,
+    return_keys: Collection[str] | None = None,
+    split: str | None = None,
 ) -> dict[str, Tensor]:
-    """Pictures of a batch, each (B, 3, H, W) or one grid (3, H, W), in about [-1, 1].
+    """Pictures of a batch, each (B, 3, H, W) or one grid (3, H, W), in about [-1, 1]; `mask` is (B, 1, h, w), 1 where latents are kept.
 
     Args:
         N, n_row: how many samples, and how many of them in rows of steps.
         ddim_steps: steps of DDIM; None for all ancestral steps.
         inpaint: also sample with the middle masked out.
         unconditional_guidance_scale: more than 1 adds guided samples; the label stands for "no condition".
+        return_keys: give only these pictures (all, when there is none of them).
+        split: train or val, as the image logger says; the pictures are the same.
     """
+    if unconditional_guidance_scale > 1.0 and sample and ddim_steps is None:
+        raise ConfigError("guided samples need DDIM: give ddim_steps, or unconditional_guidance_scale: 1")
     z, c, x, reconstruction, raw = model.get_input(
         batch, model.first_stage_key, return_first_stage_outputs=True, force_c_encode=True, return_original_cond=True, bs=N
     )
@@ -83,14 +90,14 @@ def latent_panels(
     if plot_diffusion_rows:
         pictures["diffusion_row"] = diffusion_row(model, z, n_row)
     if not sample:
-        return pictures
+        return _only(pictures, return_keys)
     ddim: dict[str, Any] = dict(ddim=ddim_steps is not None, ddim_steps=ddim_steps)
     if ddim_steps is not None:
         ddim["eta"] = ddim_eta
     scope = model.ema_scope if use_ema_scope else _no_scope
     with scope("Plotting"):
         if use_ema_scope and getattr(model, "ema_cond_stage", False) and c is not None:
-            c = cut_batch(model.get_learned_conditioning(raw), count)
+            c = model.get_learned_conditioning(cut_batch(raw, count))
         samples, steps = model.sample_log(c, count, **ddim)
         pictures["samples"] = model.decode_first_stage(samples)
         if plot_denoise_rows:
@@ -112,10 +119,19 @@ def latent_panels(
         if plot_progressive_rows:
             _, progress = model.progressive_denoising(c, shape=z.shape[1:], batch_size=count)
             pictures["progressive_row"] = rows_to_grid([model.decode_first_stage(step) for step in progress])
-        if quantize_denoised and hasattr(model.first_stage_model, "quantize"):
-            snapped, _ = model.sample_log(c, count, quantize_x0=True, **ddim) if ddim_steps else (samples, None)
+        if quantize_denoised and _has_codebook(model.first_stage_model):
+            option = "quantize_denoised" if ddim_steps is None else "quantize_x0"
+            snapped, _ = model.sample_log(c, count, **{option: True}, **ddim)
             pictures["samples_x0_quantized"] = model.decode_first_stage(snapped)
-    return pictures
+    return _only(pictures, return_keys)
+
+
+def _only(pictures: dict[str, Tensor], keys: Collection[str] | None) -> dict[str, Tensor]:
+    return {key: pictures[key] for key in keys or () if key in pictures} or pictures
+
+
+def _has_codebook(first_stage: Any) -> bool:
+    return hasattr(first_stage, "quantize") and not isinstance(first_stage, IdentityFirstStage)
 
 
 def _no_scope(context: str | None = None) -> Any:

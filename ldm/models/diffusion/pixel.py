@@ -70,7 +70,7 @@ class DDPM(pl.LightningModule):
         reset_num_ema_updates: bool = False,
         ema_decay: float = 0.9999,
         optimizer_config: Any = None,  # {target, params} instead of AdamW
-        loss_weighting: Any = None,  # {name: min_snr, gamma: 5} (arXiv:2303.09556)
+        loss_weighting: Any = None,  # none, min_snr or {name: min_snr, gamma: 5} (arXiv:2303.09556)
         rescale_betas_zero_snr: bool = False,  # zero terminal SNR (arXiv:2305.08891)
     ) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class DDPM(pl.LightningModule):
         self.v_posterior = v_posterior
         self.original_elbo_weight = original_elbo_weight
         self.l_simple_weight = l_simple_weight
-        self.loss_weighting = plain(loss_weighting)
+        self.loss_weighting = self._checked_weighting(plain(loss_weighting))
         self.loss_type = loss_type
         self.learn_logvar = learn_logvar
         self.monitor = monitor
@@ -287,6 +287,16 @@ class DDPM(pl.LightningModule):
         parts[f"{prefix}/loss"] = total
         return total, parts
 
+    def _checked_weighting(self, weighting: Any) -> dict[str, Any]:
+        """Arguments for `parameterization.loss_weight`, tried out: a wrong one must not wait for the first batch."""
+        options = {"name": weighting} if isinstance(weighting, str) else dict(weighting or {})
+        try:
+            if options:
+                param.loss_weight(kind=self.parameterization, abar=torch.tensor(0.5, device="cpu"), **options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"loss_weighting {weighting}: {error}") from None
+        return options
+
     def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Objective for x0 = `x_start` at timesteps t (B,)."""
         noise = default(noise, lambda: torch.randn_like(x_start))
@@ -314,6 +324,8 @@ class DDPM(pl.LightningModule):
     def _drop_conditioning(self, batch: dict[str, Any]) -> None:
         """Replace entries of the batch with the empty condition, so that guidance has an unconditional model to lean on."""
         for key, rule in self.ucg_training.items():
+            if key not in batch:
+                raise ConfigError(f"ucg_training names {key!r}, and the batch has {', '.join(sorted(batch))}")
             value = rule.get("val")
             for i in np.flatnonzero(np.random.random(len(batch[key])) < rule["p"]):
                 batch[key][i] = "" if value is None else value
@@ -359,10 +371,11 @@ class DDPM(pl.LightningModule):
         return [*params, self.logvar] if self.learn_logvar else params
 
     def configure_optimizers(self) -> Any:
-        """AdamW (or `optimizer_config`) at `self.learning_rate`, times the schedule's factor at every step."""
+        """AdamW at `self.learning_rate`, or `optimizer_config` (whose own `lr` wins), times the schedule's factor at every step."""
         params = self.trainable_parameters()
         if self.optimizer_config:
-            optimizer = instantiate_from_config(self.optimizer_config, params=params, lr=self.learning_rate)
+            options = {"lr": self.learning_rate, **(self.optimizer_config.get("params") or {})}
+            optimizer = instantiate_from_config(self.optimizer_config, params=params, **options)
         else:
             optimizer = torch.optim.AdamW(params, lr=self.learning_rate)
         if self.scheduler_config is None:

@@ -1,0 +1,94 @@
+"""Names and shapes of published checkpoints: Stable Diffusion 1 and 2, and the KL autoencoders; and the configs that ship for them.
+
+`tests/reference/manifests` holds, for each, the config's values (`*.config.json`) and what the published code has in its state
+dict for it (`*.keys.json.gz`: name -> shape; `*.keys-with-loss.json.gz`: with the discriminator and the perceptual loss).
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ldm.inference.weight_names import published
+from ldm.util import instantiate_from_config
+
+ROOT = Path(__file__).resolve().parents[2]
+MANIFESTS = ROOT / "tests" / "reference" / "manifests"
+SHIPPED = {
+    "v1-inference": "configs/stable-diffusion/v1-inference.yaml",
+    "v2-inference": "configs/stable-diffusion/v2-inference.yaml",
+    "v2-inference-v": "configs/stable-diffusion/v2-inference-v.yaml",
+    "autoencoder_kl_32x32x4": "configs/autoencoder/autoencoder_kl_32x32x4.yaml",
+    "autoencoder_kl_64x64x3": "configs/autoencoder/autoencoder_kl_64x64x3.yaml",
+    "kl-f16": "models/first_stage_models/kl-f16/config.yaml",
+}
+DIFFUSION = [name for name in SHIPPED if name.startswith("v")]
+AUTOENCODERS = [name for name in SHIPPED if name not in DIFFUSION]
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return json.loads((MANIFESTS / f"{name}.config.json").read_text())
+
+
+def manifest(name: str, kind: str = "keys") -> dict[str, tuple[int, ...]]:
+    with gzip.open(MANIFESTS / f"{name}.{kind}.json.gz", "rt") as file:
+        return {key: tuple(shape) for key, shape in json.load(file).items()}
+
+
+@cache
+def build(name: str, with_loss: bool) -> torch.nn.Module:
+    """The model of a config on the meta device: names and shapes, no memory, no files."""
+    model = copy.deepcopy(config_of(name)["model"])
+    model["params"].pop("ckpt_path", None)
+    if not with_loss:
+        model["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
+    with torch.device("meta"):
+        return instantiate_from_config(model)
+
+
+def assert_same(module: torch.nn.Module, expected: dict[str, tuple[int, ...]]) -> None:
+    """Same names, same shapes. CLIP's position_ids are a constant that the installed transformers no longer stores."""
+    got = {published(key): tuple(value.shape) for key, value in module.state_dict().items()}
+    optional = {key for key in expected if key.endswith(".position_ids")}
+    wanted = {key: shape for key, shape in expected.items() if key not in optional}
+    got = {key: shape for key, shape in got.items() if key not in optional}
+    assert sorted(wanted.keys() - got.keys()) == [], "missing"
+    assert sorted(got.keys() - wanted.keys()) == [], "unexpected"
+    assert {key: shape for key, shape in got.items() if shape != wanted[key]} == {}, "other shapes"
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_stable_diffusion(name):
+    with torch.device("meta"):
+        model = instantiate_from_config(config_of(name)["model"])
+    assert_same(model, manifest(name))
+
+
+@pytest.mark.parametrize("with_loss", [False, True], ids=["without-loss", "with-loss"])
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_autoencoder(name, with_loss):
+    assert_same(build(name, with_loss), manifest(name, "keys-with-loss" if with_loss else "keys"))
+
+
+def test_first_stage_names_are_those_of_the_autoencoder():
+    """So an autoencoder's file can be taken out of a Stable Diffusion checkpoint, and put in."""
+    first = {key.removeprefix("first_stage_model."): s for key, s in manifest("v1-inference").items() if key.startswith("first_stage_model.")}
+    assert first == manifest("autoencoder_kl_32x32x4")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_have_the_published_values(name):
+    assert yaml.safe_load((ROOT / SHIPPED[name]).read_text()) == config_of(name)
+
+
+def test_every_manifest_is_held_by_a_test():
+    names = {path.name.partition(".")[0] for path in MANIFESTS.iterdir()}
+    assert names == set(SHIPPED)
