@@ -101,7 +101,13 @@ def test_wrapper(reference):
 def test_wrapper_with_a_vector_is_the_network_called_by_hand(key):
     network = unet(in_channels=7 if key == "hybrid-adm" else 4, num_classes="sequential", adm_in_channels=6, **CROSS)
     wrapper = fill(DiffusionWrapper(network, key))
-    x, t, concat, tokens, y = philox(0, (2, 4, 8, 8)), torch.tensor([3, 700]), philox(1, (2, 3, 8, 8)), philox(2, (2, 5, 4)), philox(3, (2, 6))
+    x, t, concat, tokens, y = (
+        philox(0, (2, 4, 8, 8)),
+        torch.tensor([3, 700]),
+        philox(1, (2, 3, 8, 8)),
+        philox(2, (2, 5, 4)),
+        philox(3, (2, 6)),
+    )
     conditions = dict(c_crossattn=[tokens], c_adm=y) | (dict(c_concat=[concat]) if key == "hybrid-adm" else {})
     inputs = torch.cat([x, concat], 1) if key == "hybrid-adm" else x
     torch.testing.assert_close(wrapper(x, t, **conditions), wrapper.diffusion_model(inputs, t, context=tokens, y=y))
@@ -304,7 +310,8 @@ def test_class_conditioning():
     compare(z, 0.18215 * batch["image"].movedim(-1, 1))
     assert torch.equal(c, model.cond_stage_model.embedding.weight[[3, 8]][:, None])  # (B, 1, D)
     torch.testing.assert_close(
-        model.apply_model(z, torch.tensor([0, 500]), c), torch.tanh(0.7 * z + c[:, 0, :, None, None] + torch.tensor([0, 0.5])[:, None, None, None])
+        model.apply_model(z, torch.tensor([0, 500]), c),
+        torch.tanh(0.7 * z + c[:, 0, :, None, None] + torch.tensor([0, 0.5])[:, None, None, None]),
     )
     empty = model.get_unconditional_conditioning(3)
     assert torch.equal(empty, model.cond_stage_model.embedding.weight[[9, 9, 9]][:, None])  # the last class stands for none

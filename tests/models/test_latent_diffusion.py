@@ -107,7 +107,9 @@ def test_condition_may_be_another_image_or_the_image_itself():
     other = latent_model(cond_stage_key="mask", **identity)
     z, c = other.get_input({"image": torch.zeros(2, 8, 8, 4), "mask": torch.ones(2, 8, 8)}, "image")
     assert c.shape == (2, 1, 8, 8) and other.apply_model(z, torch.tensor([0, 1]), c).shape == z.shape
-    same = fill(latent_model(cond_stage_key="image", first_stage_config=KL, cond_stage_config="__is_first_stage__", conditioning_key="concat"))
+    same = fill(
+        latent_model(cond_stage_key="image", first_stage_config=KL, cond_stage_config="__is_first_stage__", conditioning_key="concat")
+    )
     assert same.cond_stage_model is same.first_stage_model
     c = same.get_input(batch(), "image")[1]
     torch.testing.assert_close(c, same.encode_first_stage(batch()["image"].movedim(-1, 1)).mode())
@@ -134,7 +136,9 @@ def test_vq_decode_from_indices():
     model = fill(latent_model(first_stage_config=VQ, scale_factor=1.0))
     logits = philox(0, (1, 16, 8, 8))
     codes = model.first_stage_model.quantize.embedding.weight[logits.argmax(1)].permute(0, 3, 1, 2)
-    torch.testing.assert_close(model.decode_first_stage(logits, predict_cids=True), model.first_stage_model.decode(codes, force_not_quantize=True))
+    torch.testing.assert_close(
+        model.decode_first_stage(logits, predict_cids=True), model.first_stage_model.decode(codes, force_not_quantize=True)
+    )
 
 
 # -- dropout of the condition ------------------------------------------------------------------------------------------
@@ -364,7 +368,14 @@ def picture_model(**changes: Any) -> LatentDiffusion:
 
 def test_log_images():
     pictures = picture_model().log_images(
-        batch(), N=2, n_row=1, ddim_steps=2, inpaint=True, plot_denoise_rows=True, plot_progressive_rows=True, unconditional_guidance_scale=2.0
+        batch(),
+        N=2,
+        n_row=1,
+        ddim_steps=2,
+        inpaint=True,
+        plot_denoise_rows=True,
+        plot_progressive_rows=True,
+        unconditional_guidance_scale=2.0,
     )
     whole = {"inputs", "reconstruction", "conditioning", "samples", "samples_cfg_scale_2.00", "samples_inpainting"}
     rows = {"diffusion_row", "denoise_row", "progressive_row"}
@@ -386,7 +397,7 @@ def test_log_images_options():
     assert set(model.log_images(batch(), ddim_steps=1, return_keys=["samples", "inputs"])) == {"inputs", "samples"}
     cached = {"z": torch.zeros(2, 4, 8, 8), "caption": ["a", "b"]}
     assert set(model.log_images(cached, ddim_steps=1, plot_diffusion_rows=False)) == {"reconstruction", "conditioning", "samples"}
-    with pytest.raises(ConfigError, match="does not know ddim_stpes; it takes .*ddim_steps"):
+    with pytest.raises(ConfigError, match=r"does not know ddim_stpes; it takes .*ddim_steps"):
         model.log_images(batch(), ddim_stpes=3)
     with pytest.raises(ConfigError, match="guided samples need DDIM"):
         model.log_images(batch(), ddim_steps=None, unconditional_guidance_scale=3.0)
@@ -448,7 +459,9 @@ def test_quantising_without_a_codebook():
     x, t = philox(0, (1, 4, 8, 8)), torch.tensor([3])
     with pytest.raises(UserError, match="codebook"):
         model_of().p_sample(x, torch.zeros(1, 1, 4), t, quantize_denoised=True)
-    two = latent_model(first_stage_config="__is_first_stage__").p_sample(x.repeat(2, 1, 1, 1), torch.zeros(2, 1, 4), t.repeat(2), quantize_denoised=True)
+    two = latent_model(first_stage_config="__is_first_stage__").p_sample(
+        x.repeat(2, 1, 1, 1), torch.zeros(2, 1, 4), t.repeat(2), quantize_denoised=True
+    )
     assert two.shape == (2, 4, 8, 8)
 
 
@@ -466,7 +479,11 @@ def test_positional_encodings_are_refused():
 def test_omegaconf_configs_are_taken():
     from omegaconf import OmegaConf
 
-    params = LATENT_PARAMS | TRAINED_TEXT | {"loss_weighting": {"name": "min_snr"}, "ucg_training": {"caption": {"p": 0.5}}, "image_size": [8, 12]}
+    params = (
+        LATENT_PARAMS
+        | TRAINED_TEXT
+        | {"loss_weighting": {"name": "min_snr"}, "ucg_training": {"caption": {"p": 0.5}}, "image_size": [8, 12]}
+    )
     model = LatentDiffusion(**OmegaConf.create(params))
     assert model.sample_hw() == (8, 12) and isinstance(model.ucg_training["caption"], dict)
     wrapper = DiffusionWrapper(OmegaConf.create({"target": "tests.analytic.AnalyticEps", "sequential_crossattn": False}), "crossattn")
@@ -486,8 +503,12 @@ def test_weights_only_of_the_network(tmp_path):
         latent_model(unet_config=UNET, ckpt_path=str(tmp_path / "unet.ckpt"))
 
 
+@pytest.mark.filterwarnings("ignore:.*no logger configured.*", "ignore:.*in eval mode.*")
 def test_three_training_steps_on_shapes(tmp_path):
-    first_stage = {"target": KL["target"], "params": KL["params"] | {"ddconfig": KL["params"]["ddconfig"] | {"ch_mult": [1, 1, 1, 1], "ch": 8}}}
+    first_stage = {
+        "target": KL["target"],
+        "params": KL["params"] | {"ddconfig": KL["params"]["ddconfig"] | {"ch_mult": [1, 1, 1, 1], "ch": 8}},
+    }
     text = {"embed_dim": 8, "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1}}
     stage = {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": {"arch": text, "max_length": 16, "freeze": False}}
     torch.manual_seed(0)

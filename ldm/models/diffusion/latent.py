@@ -212,7 +212,9 @@ class LatentDiffusion(DDPM):
         """What the network is conditioned on, from raw conditioning such as a list of captions."""
         stage = self.cond_stage_model
         if stage is None:
-            raise ConfigError("this model has no cond stage (cond_stage_config is __is_unconditional__), so there is nothing to encode with")
+            raise ConfigError(
+                "this model has no cond stage (cond_stage_config is __is_unconditional__), so there is nothing to encode with"
+            )
         if self.cond_stage_forward is not None:
             return getattr(stage, self.cond_stage_forward)(c)
         if callable(getattr(stage, "encode", None)):

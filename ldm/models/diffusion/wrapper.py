@@ -41,7 +41,7 @@ class DiffusionWrapper(nn.Module):
         c_crossattn: list[Tensor] | None = None,
         c_adm: Tensor | None = None,
     ) -> Tensor:
-        """x (B, C, H, W), t (B,); `c_concat`: lists of (B, C', H, W); `c_crossattn`: lists of (B, L, D); `c_adm`: (B, D) or classes (B,)."""
+        """x (B, C, H, W), t (B,); `c_concat`: list of (B, C', H, W); `c_crossattn`: list of (B, L, D); `c_adm`: (B, D) or classes (B,)."""
         key = self.conditioning_key
         inputs: dict[str, Any] = {}
         if key in ("concat", "hybrid", "hybrid-adm"):
