@@ -29,7 +29,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["ldm", "ldm.*"]),
+    packages=find_packages(include=["ldm", "ldm.*", "sgm", "sgm.*"]),
     py_modules=["main"],
     install_requires=RUNTIME,
     extras_require={"train": TRAIN, "test": TEST},

@@ -78,7 +78,7 @@ def build_model(config: Mapping[str, Any], lightning: Mapping[str, Any], options
         model = model.to(memory_format=torch.channels_last)
     if options.init_from:
         load_weights = get_obj_from_str("ldm.inference.checkpoint.load_weights")
-        log.info("weights from %s: %s", options.init_from, load_weights(model, options.init_from, ema=options.init_ema))
+        load_weights(model, options.init_from, ema=options.init_ema)  # says what it did
     return model
 
 

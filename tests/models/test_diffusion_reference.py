@@ -97,20 +97,21 @@ def test_wrapper(reference):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("key", ["hybrid-adm", "crossattn-adm"])
+@pytest.mark.parametrize("key", ["adm", "crossattn-adm", "hybrid-adm"])
 def test_wrapper_with_a_vector_is_the_network_called_by_hand(key):
-    network = unet(in_channels=7 if key == "hybrid-adm" else 4, num_classes="sequential", adm_in_channels=6, **CROSS)
-    wrapper = fill(DiffusionWrapper(network, key))
-    x, t, concat, tokens, y = (
-        philox(0, (2, 4, 8, 8)),
-        torch.tensor([3, 700]),
-        philox(1, (2, 3, 8, 8)),
-        philox(2, (2, 5, 4)),
-        philox(3, (2, 6)),
-    )
-    conditions = dict(c_crossattn=[tokens], c_adm=y) | (dict(c_concat=[concat]) if key == "hybrid-adm" else {})
-    inputs = torch.cat([x, concat], 1) if key == "hybrid-adm" else x
-    torch.testing.assert_close(wrapper(x, t, **conditions), wrapper.diffusion_model(inputs, t, context=tokens, y=y))
+    x, t, concat, tokens = philox(0, (2, 4, 8, 8)), torch.tensor([3, 700]), philox(1, (2, 3, 8, 8)), philox(2, (2, 5, 4))
+    options = {"num_classes": 10} if key == "adm" else {"num_classes": "sequential", "adm_in_channels": 6, **CROSS}
+    y = torch.tensor([1, 7]) if key == "adm" else philox(3, (2, 6))
+    wrapper = fill(DiffusionWrapper(unet(in_channels=7 if key == "hybrid-adm" else 4, **options), key))
+    for p in wrapper.diffusion_model.label_emb.parameters():
+        p.mul_(100)  # as it is, the vector changes the seventh digit
+    given: dict[str, Any] = dict(c_crossattn=[y]) if key == "adm" else dict(c_crossattn=[tokens], c_adm=y)
+    inputs, context = (x, {}) if key == "adm" else (x, dict(context=tokens))
+    if key == "hybrid-adm":
+        given["c_concat"], inputs = [concat], torch.cat([x, concat], 1)
+    out = wrapper(x, t, **given)
+    assert torch.equal(out, wrapper.diffusion_model(inputs, t, y=y, **context))
+    assert not torch.allclose(out, wrapper.diffusion_model(inputs, t, y=0 * y, **context), rtol=1e-2, atol=1e-2)
 
 
 # -- schedule ----------------------------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.models.autoencoder import IdentityFirstStage
+from ldm.models.diffusion import patchwise
 from ldm.models.diffusion.ancestral import p_mean_variance, p_sample, p_sample_loop
 from ldm.models.diffusion.conditioning import cut_batch, shift_embeddings
 from ldm.models.diffusion.pixel import DDPM
@@ -157,6 +159,12 @@ class LatentDiffusion(DDPM):
         if self.ema_cond_stage:
             self.cond_stage_ema(self.cond_stage_model)
 
+    # ------------------------------------------------------------------ patches, see `patchwise`
+    meshgrid = staticmethod(patchwise.meshgrid)
+    delta_border = staticmethod(patchwise.delta_border)
+    get_weighting = patchwise.get_weighting
+    get_fold_unfold = patchwise.get_fold_unfold
+
     # ------------------------------------------------------------------ first stage
     @torch.no_grad()
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -174,7 +182,7 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def encode_first_stage(self, x: Tensor) -> Any:
         """Image (B, 3, H, W) in [-1, 1] -> posterior (KL) or latent (VQ), not scaled."""
-        return self.first_stage_model.encode(x)
+        return patchwise.encode(self, x)
 
     def get_first_stage_encoding(self, encoder_posterior: Any) -> Tensor:
         """A sample of the posterior (or the latent itself), scaled: what is diffused."""
@@ -195,10 +203,10 @@ class LatentDiffusion(DDPM):
             ids = torch.argmax(z.exp(), dim=1).long() if z.ndim == 4 else z  # logits over the codebook
             z = self.first_stage_model.quantize.get_codebook_entry(ids, shape=None)
             z = z.permute(0, 3, 1, 2).contiguous()
-        z = z / self.scale_factor
+        decode = self.first_stage_model.decode
         if hasattr(self.first_stage_model, "quantize"):
-            return self.first_stage_model.decode(z, force_not_quantize=predict_cids or force_not_quantize)
-        return self.first_stage_model.decode(z)
+            decode = partial(decode, force_not_quantize=predict_cids or force_not_quantize)
+        return patchwise.decode(self, z / self.scale_factor, decode)
 
     def _encode_batch(self, batch: dict[str, Any], k: str, bs: int | None = None) -> tuple[Tensor | None, Tensor]:
         """(image or None, scaled latent). A batch with cached latents under `z` needs no image."""
@@ -305,6 +313,8 @@ class LatentDiffusion(DDPM):
         if not isinstance(cond, dict):
             name = "c_concat" if self.model.conditioning_key == "concat" else "c_crossattn"
             cond = {name: cond if isinstance(cond, list) else [cond]}
+        if patchwise.split_params(self) is not None:
+            return patchwise.apply_network(self, x_noisy, t, cond, return_ids)
         out = self.model(x_noisy, t, **cond)
         return out[0] if isinstance(out, tuple) and not return_ids else out
 

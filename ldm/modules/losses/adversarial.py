@@ -34,6 +34,10 @@ def vanilla_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
 _DISC_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 
 
+class DummyLoss(nn.Identity):
+    """No loss, under the name that some published configs give it: the first stage can be used, not trained."""
+
+
 class AdversarialLoss(nn.Module):
     """Base of the losses with LPIPS and a discriminator. A part whose weight is 0 is neither built nor run.
 

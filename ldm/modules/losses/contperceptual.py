@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.losses.adversarial import AdversarialLoss, Logs, tagged
+from ldm.modules.losses.adversarial import AdversarialLoss, DummyLoss, Logs, tagged
+
+__all__ = ["DummyLoss", "LPIPSWithDiscriminator"]
 
 
 class LPIPSWithDiscriminator(AdversarialLoss):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ldm.modules.losses.adversarial import (
     AdversarialLoss,
+    DummyLoss,
     Logs,
     adopt_weight,
     hinge_d_loss,
@@ -18,7 +19,7 @@ from ldm.modules.losses.adversarial import (
 )
 from ldm.util import ConfigError
 
-__all__ = ["VQLPIPSWithDiscriminator", "adopt_weight", "hinge_d_loss", "measure_perplexity", "vanilla_d_loss"]
+__all__ = ["DummyLoss", "VQLPIPSWithDiscriminator", "adopt_weight", "hinge_d_loss", "measure_perplexity", "vanilla_d_loss"]
 
 
 def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
