@@ -1,4 +1,4 @@
-"""Names and shapes of published checkpoints: Stable Diffusion 1 and 2, and the KL autoencoders; and the configs that ship for them.
+"""Names and shapes of published checkpoints: latent diffusion, Stable Diffusion, their autoencoders; and the configs that ship for them.
 
 `tests/reference/manifests` holds, for each, the config's values (`*.config.json`) and what the published code has in its state
 dict for it (`*.keys.json.gz`: name -> shape; `*.keys-with-loss.json.gz`: with the discriminator and the perceptual loss).
@@ -27,9 +27,16 @@ SHIPPED = {
     "autoencoder_kl_32x32x4": "configs/autoencoder/autoencoder_kl_32x32x4.yaml",
     "autoencoder_kl_64x64x3": "configs/autoencoder/autoencoder_kl_64x64x3.yaml",
     "kl-f16": "models/first_stage_models/kl-f16/config.yaml",
+    "vq-f4-noattn": "models/first_stage_models/vq-f4-noattn/config.yaml",
+    "vq-f8": "models/first_stage_models/vq-f8/config.yaml",
+    "celebahq-ldm-vq-4": "configs/latent-diffusion/celebahq-ldm-vq-4.yaml",
+    "cin256-v2": "configs/latent-diffusion/cin256-v2.yaml",
+    "txt2img-1p4B-eval": "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
+    "inpainting_big": "models/ldm/inpainting_big/config.yaml",
+    "lsun_churches256": "models/ldm/lsun_churches256/config.yaml",
 }
-DIFFUSION = [name for name in SHIPPED if name.startswith("v")]
-AUTOENCODERS = [name for name in SHIPPED if name not in DIFFUSION]
+AUTOENCODERS = [name for name, path in SHIPPED.items() if path.startswith(("configs/autoencoder/", "models/first_stage_models/"))]
+DIFFUSION = [name for name in SHIPPED if name not in AUTOENCODERS]
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -41,10 +48,14 @@ def manifest(name: str, kind: str = "keys") -> dict[str, tuple[int, ...]]:
         return {key: tuple(shape) for key, shape in json.load(file).items()}
 
 
+def without_weights(node: Any) -> Any:
+    """The same config with every `ckpt_path` dropped."""
+    return {key: without_weights(value) for key, value in node.items() if key != "ckpt_path"} if isinstance(node, dict) else node
+
+
 def build(name: str, with_loss: bool = True) -> torch.nn.Module:
     """The model of a config on the meta device: names and shapes, no memory, no files."""
-    model = config_of(name)["model"]
-    model["params"].pop("ckpt_path", None)
+    model = without_weights(config_of(name)["model"])
     if not with_loss:
         model["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
     with torch.device("meta"):
@@ -63,7 +74,7 @@ def assert_same(module: torch.nn.Module, expected: dict[str, tuple[int, ...]]) -
 
 
 @pytest.mark.parametrize("name", DIFFUSION)
-def test_stable_diffusion(name):
+def test_diffusion_model(name):
     assert_same(build(name), manifest(name))
 
 

@@ -41,7 +41,7 @@ def test_the_model_is_loaded_as_it_was_saved(model, tiny_ckpt: Path):
     assert not model.use_ema
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
 def test_a_picture_does_not_depend_on_its_batch(model, sampler: str):
     settings = dataclasses.replace(SETTINGS, sampler=sampler, eta=0.7 if sampler == "ddim" else 0.0)
     draw = Text2Image(model, settings).draw
@@ -84,7 +84,7 @@ def test_legacy_numbers_come_from_the_global_generator(model):
     assert np.array_equal(first[0], pipeline.draw(batch(0, 1))[0])
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+@pytest.mark.parametrize("sampler", ["ddim", "plms", "dpm_solver"])
 def test_img2img_from_one_end_to_the_other(model, sampler: str):
     """Strength 0 is the VAE's round trip, 1 is txt2img from the same noise, and between lies something else."""
     rng = np.random.default_rng(0)

@@ -125,6 +125,11 @@ def test_unconditional_model_needs_no_condition():
         model.get_learned_conditioning([""])
 
 
+def test_null_conditioning_leaves_the_condition_out_of_the_batch():
+    model = model_of(force_null_conditioning=True)
+    assert model.model.conditioning_key == "crossattn" and model.get_input({"image": batch()["image"]}, "image")[1] is None
+
+
 def test_first_stage_may_be_the_identity():
     model = latent_model(first_stage_config="__is_first_stage__", scale_factor=2.0)
     assert isinstance(model.first_stage_model, IdentityFirstStage)
@@ -243,6 +248,18 @@ def test_ema_of_the_cond_stage(tmp_path):
     assert torch.equal(reset.model_ema.get_buffer(weight.replace(".", "")), model.model.get_parameter(weight))
 
 
+def test_validation_with_and_without_the_average():
+    model = model_of(use_ema=True, unet_config=UNET).eval()
+    for name, shadow in model.model_ema.named_buffers():
+        if name == "diffusion_modelout2bias":
+            shadow.add_(10.0)  # far off, so that it shows
+    logged: dict[str, Tensor] = {}
+    model.log_dict = lambda parts, **kwargs: logged.update(parts)
+    model.validation_step(batch(), 0)
+    assert set(logged) == {f"val/{name}{end}" for name in ("loss", "loss_simple", "loss_vlb") for end in ("", "_ema")}
+    assert logged["val/loss_simple_ema"] > 50 > logged["val/loss_simple"]
+
+
 @pytest.mark.parametrize("changes", [TEXT | {"use_ema": True}, TRAINED_TEXT])
 def test_ema_of_the_cond_stage_needs_something_to_average(changes):
     with pytest.raises(ConfigError, match="ema_cond_stage needs"):
@@ -300,6 +317,17 @@ def test_conditioning_formats_of_apply_model():
     hybrid = latent_model(conditioning_key="hybrid")
     with pytest.raises(ConfigError, match="'hybrid' needs c_concat"):
         hybrid.apply_model(x, t, {"c_crossattn": [c]})
+
+
+def test_sequential_crossattn_keeps_the_list():
+    wrapper = DiffusionWrapper({"target": f"{__name__}.TakesAList", "sequential_crossattn": True}, "crossattn")
+    parts = [torch.zeros(1, 2, 4), torch.ones(1, 3, 4)]
+    assert wrapper(torch.zeros(1, 4, 8, 8), torch.tensor([0]), c_crossattn=parts) is parts
+
+
+class TakesAList(nn.Module):
+    def forward(self, x: Tensor, t: Tensor, context: Any) -> Any:
+        return context
 
 
 # -- the objective -----------------------------------------------------------------------------------------------------
@@ -387,6 +415,22 @@ def test_log_images():
     for name in rows:
         assert pictures[name].ndim == 3 and pictures[name].shape[0] == 3, name
     assert pictures["mask"].unique().tolist() == [0, 1] and pictures["mask"].shape == (2, 1, 8, 8)
+
+
+@torch.no_grad()
+def test_log_images_draws_with_the_averages(monkeypatch):
+    model = picture_model(use_ema=True, ema_cond_stage=True, unet_config=UNET, **TRAINED_TEXT).eval()
+    out = model.model.diffusion_model.out[2]
+    model.model_ema.get_buffer("diffusion_modelout2bias").fill_(5)
+    model.cond_stage_ema.bias.fill_(7)
+    seen: list[tuple[Tensor, Tensor]] = []
+    draw = model.sample_log
+    monkeypatch.setattr(model, "sample_log", lambda c, *args, **options: (seen.append((c, out.bias.clone())), draw(c, *args, **options))[1])
+    for averaged in (True, False):
+        model.log_images(batch(), N=2, ddim_steps=1, plot_diffusion_rows=False, use_ema_scope=averaged)
+    (c, bias), (own_c, own_bias) = seen
+    assert torch.equal(own_c, model.cond_stage_model.encode(CAPTIONS[:2])) and torch.equal(own_bias, out.bias)
+    assert (bias == 5).all() and (c[1] == 7).all() and c.shape == own_c.shape  # the second caption is empty
 
 
 def test_log_images_options():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,6 @@ from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.pixel import DDPM
 from ldm.modules.freezing import freeze
 from ldm.util import CheckpointError, ConfigError, instantiate_from_config
-
-if TYPE_CHECKING:
-    from ldm.inference.checkpoint import LoadReport
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +55,8 @@ class StagedLatentDiffusion(LatentDiffusion):
         """As DDPM's; a file without one of the own stages leaves it as it was built."""
         self._load(path, ignore_keys, only_model)
 
-    def _load(self, path: str, ignore_keys: Sequence[str], only_model: bool) -> LoadReport:
+    def _load(self, path: str, ignore_keys: Sequence[str], only_model: bool) -> Any:
+        """Fill the model from `path`; returns the door's LoadReport."""
         from ldm.inference.checkpoint import load_weights
 
         module = self.model if only_model else self
@@ -227,9 +225,7 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
         self.depth_stage_key = concat_keys[0]
 
     def _depth(self, batch: dict[str, Any], n: int | None) -> Tensor:
-        if self.depth_stage_key not in batch:
-            raise ConfigError(f"the batch has no {self.depth_stage_key!r} for the depth model; it has {', '.join(sorted(batch))}")
-        return self.depth_model(cut_batch(batch[self.depth_stage_key], n).to(self.device))
+        return self.depth_model(cut_batch(_entry(batch, self.depth_stage_key, "concat_keys"), n).to(self.device))
 
     def extra_conditions(self, batch: dict[str, Any], z: Tensor, bs: int | None) -> dict[str, Any]:
         """`c_concat`: (B, 1, h, w)."""
@@ -303,7 +299,9 @@ class LatentUpscaleDiffusion(StagedLatentDiffusion):
 
     def extra_conditions(self, batch: dict[str, Any], z: Tensor, bs: int | None) -> dict[str, Any]:
         """`c_concat`: (B, C, h, w), `c_adm`: (B,)."""
-        given = {} if self.noise_level_key is None else {"noise_level": cut_batch(batch[self.noise_level_key], bs)}
+        given = {}
+        if self.noise_level_key is not None:
+            given["noise_level"] = cut_batch(_entry(batch, self.noise_level_key, "noise_level_key"), bs)
         noised, level = self.low_scale_model(self.image_of(batch, self.low_scale_key, bs), **given)
         return {"c_concat": [noised], "c_adm": level}
 
@@ -380,6 +378,12 @@ class ImageEmbeddingConditionedLatentDiffusion(StagedLatentDiffusion):
         """As LatentDiffusion's, guided by default."""
         guided = {"unconditional_guidance_scale": 5.0, "ddim_steps": 50, "ddim_eta": 0.0}
         return super().log_images(batch, N=N, n_row=n_row, **(guided | options))
+
+
+def _entry(batch: dict[str, Any], key: str, setting: str) -> Any:
+    if key not in batch:
+        raise ConfigError(f"the batch has no {key!r}; it has {', '.join(sorted(batch))}: set {setting} or the dataset's key")
+    return batch[key]
 
 
 def to_unit_range(depth: Tensor) -> Tensor:

@@ -111,6 +111,8 @@ class ImageConcatWithNoiseAugmentation(AbstractLowScaleModel):
             return torch.randint(0, self.max_noise_level, (x.shape[0],), device=x.device).long()
         if not isinstance(noise_level, Tensor):
             raise UserError(f"noise_level must be a tensor of {x.shape[0]} integers, not {type(noise_level).__name__}")
+        if noise_level.numel() not in (1, x.shape[0]):
+            raise UserError(f"noise_level has {noise_level.numel()} levels: a batch of {x.shape[0]} takes 1 or {x.shape[0]} levels")
         low, high = int(noise_level.min()), int(noise_level.max())
         if low < 0 or high >= self.num_timesteps:
             raise UserError(f"noise_level {low if low < 0 else high} is out of range: give 0 (none) to {self.num_timesteps - 1}")

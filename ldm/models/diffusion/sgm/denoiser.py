@@ -104,8 +104,8 @@ class DiscreteDenoiser(Denoiser):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take half-precision files, but not their rounded levels."""
+        """Stored levels are not taken: files in half precision have them rounded."""
         stored = state_dict.get(prefix + "sigmas")
-        if stored is not None and stored.dtype in _HALF:
+        if stored is not None and stored.shape == self.sigmas.shape:
             state_dict = {**state_dict, prefix + "sigmas": self.sigmas}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

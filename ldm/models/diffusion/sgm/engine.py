@@ -139,13 +139,17 @@ class DiffusionEngine(pl.LightningModule):
         pictures = {"inputs": x, "reconstructions": self.decode_first_stage(z)}
         if sample and self.sampler is not None:
             keys = [e.input_key for e in self.conditioner.embedders if e.input_key is not None] if ucg_keys is None else ucg_keys
-            few = {
-                k: v[: len(x)].to(self.device) if isinstance(v, Tensor) else v[: len(x)] for k, v in batch.items() if hasattr(v, "__len__")
-            }
+            few = {key: self._first(value, len(x)) for key, value in batch.items()}
             cond, uc = self.conditioner.get_unconditional_conditioning(few, force_uc_zero_embeddings=keys)
             with self.ema_scope("Plotting"):
                 pictures["samples"] = self.decode_first_stage(self.sample(cond, uc, len(x), z.shape[1:]))
         return pictures
+
+    def _first(self, value: Any, n: int) -> Any:
+        """The first n rows of a batch entry, tensors on the model's device."""
+        if isinstance(value, Tensor) and value.ndim:
+            return value[:n].to(self.device)
+        return value[:n] if isinstance(value, (list, tuple)) else value
 
     # -- training -------------------------------------------------------------------------------------------------------
     def get_input(self, batch: Mapping[str, Any]) -> Tensor:

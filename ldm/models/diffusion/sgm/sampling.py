@@ -8,6 +8,7 @@ Sources: EDM (arXiv:2206.00364), Alg. 1 and 2; DPM-Solver++ (arXiv:2211.01095), 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -108,9 +109,7 @@ class BaseDiffusionSampler:
         num_steps: int | None = None,
     ) -> Tensor:
         """The samples, as x0."""
-        for x in self.walk(denoiser, x, cond, uc, num_steps):  # noqa: B007
-            pass
-        return x
+        return deque(self.walk(denoiser, x, cond, uc, num_steps), maxlen=1)[0]
 
     def step(self, x: Tensor, i: int, sigmas: Tensor, denoise: Denoise, past: list[Tensor]) -> Tensor:
         """x at sigmas[i] -> x at sigmas[i + 1]. `past` belongs to the run: a multistep method keeps in it what it needs again."""
