@@ -51,5 +51,7 @@ def test_nothing_heavy_is_imported_at_module_level():
     for name in ("ldm/util.py", "ldm/inference/args.py", "ldm/inference/prompts.py", "ldm/inference/cli.py", "ldm/training/cli.py"):
         tree = ast.parse((ROOT / name).read_text())
         top = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
-        modules = {a.name for n in top if isinstance(n, ast.Import) for a in n.names} | {n.module for n in top if isinstance(n, ast.ImportFrom)}
+        modules = {a.name for n in top if isinstance(n, ast.Import) for a in n.names} | {
+            n.module for n in top if isinstance(n, ast.ImportFrom)
+        }
         assert not {m.split(".")[0] for m in modules if m} & {"torch", "pytorch_lightning", "transformers", "open_clip"}, name

@@ -403,3 +403,16 @@ def test_what_cannot_be_honoured_is_refused_in_words(sampler_class, options, mes
         sampler_class(Analytic(), noises=None)
     with pytest.raises(UserError, match="make_schedule"):
         sampler_class(Analytic()).decode(torch.zeros(2, *SHAPE), None, 3)
+
+
+def test_quantize_x0_with_an_identity_stage_keeps_every_image():
+    """An identity first stage gives a tensor, not a tuple: taking its first entry would draw image 0 for the whole batch."""
+    from ldm.models.autoencoder import IdentityFirstStage
+
+    model = Analytic()
+    model.first_stage_model = IdentityFirstStage()
+    x_T = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    options = {"x_T": x_T, "verbose": False}
+    plain, _ = DDIMSampler(model).sample(5, 3, SHAPE, **options)
+    snapped, _ = DDIMSampler(model).sample(5, 3, SHAPE, quantize_x0=True, **options)
+    torch.testing.assert_close(snapped, plain)

@@ -241,7 +241,8 @@ def test_ema_of_the_cond_stage(tmp_path):
     options = dict(use_ema=True, ema_cond_stage=True, unet_config=UNET, first_stage_config=KL, ckpt_path=str(tmp_path / "model.ckpt"))
     kept = latent_model(**options, **TRAINED_TEXT)
     assert torch.equal(kept.cond_stage_ema.scale, model.cond_stage_ema.scale) and int(kept.cond_stage_ema.num_updates) == 1
-    assert int(latent_model(reset_num_ema_updates=True, **options, **TRAINED_TEXT).cond_stage_ema.num_updates) == 0
+    anew = latent_model(reset_num_ema_updates=True, **options, **TRAINED_TEXT)
+    assert int(kept.model_ema.num_updates) == 1 and int(anew.model_ema.num_updates) == int(anew.cond_stage_ema.num_updates) == 0
     reset = latent_model(reset_ema=True, **options, **TRAINED_TEXT)
     assert torch.equal(reset.cond_stage_ema.scale, trained) and int(reset.model_ema.num_updates) == 0
     weight = "diffusion_model.time_embed.0.weight"

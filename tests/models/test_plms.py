@@ -79,9 +79,7 @@ def test_masks_and_thresholds_work_with_plms_too():
     samples, _ = PLMSSampler(Analytic()).sample(50, 2, SHAPE, mask=mask, x0=x0, verbose=False)
     assert (samples[..., :4] - 3.0).abs().mean() < 0.3 < (samples[..., 4:] - 3.0).abs().mean()
     previews: list[torch.Tensor] = []
-    PLMSSampler(Analytic()).sample(
-        5, 2, SHAPE, x_T=x0, dynamic_threshold=0.6, img_callback=lambda x, i: previews.append(x), verbose=False
-    )
+    PLMSSampler(Analytic()).sample(5, 2, SHAPE, x_T=x0, dynamic_threshold=0.6, img_callback=lambda x, i: previews.append(x), verbose=False)
     assert all(p.square().mean().sqrt() <= 0.6 + 1e-6 for p in previews)
 
 

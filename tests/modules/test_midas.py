@@ -7,7 +7,7 @@ import torch
 
 from ldm.modules.freezing import is_frozen
 from ldm.modules.midas.api import MiDaSInference
-from ldm.modules.midas.dpt import Decoder, HybridBackbone, ProjectReadout
+from ldm.modules.midas.dpt import Decoder, ProjectReadout
 from ldm.util import ConfigError, UserError
 from tests.reference_rule import fill, philox
 
@@ -53,13 +53,13 @@ def test_depth_of_an_image_of_any_legal_size(model):
 
 
 @torch.no_grad()
-def test_backbone_is_timms_at_its_own_size():
+def test_backbone_is_timms_at_its_own_size(model):
     """The last tokens are those of timm's own forward: the positions are not resized there."""
-    backbone = fill(HybridBackbone())
-    seen = []
-    backbone.model.blocks[11].register_forward_hook(lambda module, args, out: seen.append(out))
+    backbone, seen = model.model.pretrained, []
+    hook = backbone.model.blocks[11].register_forward_hook(lambda module, args, out: seen.append(out))
     x = philox(0, (1, 3, 384, 384), 0.5)
     levels = backbone(x)
+    hook.remove()
     assert [tuple(level.shape[1:]) for level in levels] == [(256, 96, 96), (512, 48, 48), (768, 24, 24), (768, 12, 12)]
     torch.testing.assert_close(backbone.model.norm(seen[0]), backbone.model.forward_features(x), rtol=1e-3, atol=1e-4)
 

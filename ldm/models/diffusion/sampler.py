@@ -279,7 +279,9 @@ class Sampler:
             raise UserError(f"quantize_x0 needs a first stage with a codebook (VQModelInterface), not {type(first_stage).__name__}")
 
         def limit(x0: Tensor) -> Tensor:
-            x0 = first_stage.quantize(x0)[0] if quantize else x0
+            if quantize:
+                snapped = first_stage.quantize(x0)
+                x0 = snapped[0] if isinstance(snapped, tuple) else snapped  # an identity stage gives the tensor itself
             return x0 if threshold is None else norm_thresholding(x0, threshold)
 
         return limit if quantize or threshold is not None else None

@@ -59,9 +59,7 @@ def make_beta_schedule(
     return rescale_zero_terminal_snr(betas) if zero_terminal_snr else betas
 
 
-def betas_for_alpha_bar(
-    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
-) -> np.ndarray:
+def betas_for_alpha_bar(num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> np.ndarray:
     """Betas, float64 (T,), whose running product follows `alpha_bar`, a function of time in [0, 1]; capped at `max_beta`."""
     n = num_diffusion_timesteps
     return np.array([min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), max_beta) for i in range(n)], dtype=np.float64)
@@ -79,9 +77,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------- timestep grids
 
 
-def make_ddim_timesteps(
-    ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True
-) -> np.ndarray:
+def make_ddim_timesteps(ddim_discr_method: str, num_ddim_timesteps: int, num_ddpm_timesteps: int, verbose: bool = True) -> np.ndarray:
     """S of the T training timesteps, ascending, int64.
 
     "uniform" and "quad" are the historical lists, numbers unchanged: uniform has the whole-number stride T // S and starts at 1, so
