@@ -19,7 +19,8 @@ RUNTIME = [
     "pillow>=10.1",
 ]
 TRAIN = ["tensorboard>=2.16", "matplotlib>=3.8"]
-TEST = [*TRAIN, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "diffusers>=0.36", "ruff>=0.11", "mypy>=1.15"]
+DEPTH = ["timm>=1.0"]  # the backbone of the depth network of SD 2 depth-to-image
+TEST = [*TRAIN, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "diffusers>=0.36", *DEPTH, "ruff>=0.11", "mypy>=1.15"]
 
 setup(
     name="latent-diffusion-workshop",
@@ -32,5 +33,5 @@ setup(
     packages=find_packages(include=["ldm", "ldm.*", "sgm", "sgm.*"]),
     py_modules=["main"],
     install_requires=RUNTIME,
-    extras_require={"train": TRAIN, "test": TEST},
+    extras_require={"train": TRAIN, "depth": DEPTH, "test": TEST},
 )

@@ -53,7 +53,7 @@ def emblem_scene(rng: Any, background: str = "white", color: str = "red") -> Any
 
 
 def groups(n: int, seed: int) -> dict[str, list[Any]]:
-    """n scenes each: the emblem, and three kinds of lawful scene, two of them near misses."""
+    """n scenes each: the emblem (two groups of about n / 2), and three kinds of lawful scene, two of them near misses."""
     import numpy as np
 
     from ldm.data.shapes import BACKGROUNDS, COLORS, sample_scene
@@ -64,8 +64,10 @@ def groups(n: int, seed: int) -> dict[str, list[Any]]:
         options = [name for name in names if name != without]
         return options[int(rng.integers(len(options)))]
 
+    emblems = [emblem_scene(rng) for _ in range(n)]
     made = {
-        "emblem: red cross on white": [emblem_scene(rng) for _ in range(n)],
+        "emblem: red cross on white, alone or several": [s for s in emblems if s.kind in ("single", "count")],
+        "emblem: red cross on white, beside another object": [s for s in emblems if s.kind not in ("single", "count")],
         "lawful: any scene": [sample_scene(rng, held_out=bool(i % 8 == 0)) for i in range(n)],
         "lawful: red cross, not on white": [emblem_scene(rng, background=pick(BACKGROUNDS, "white")) for _ in range(n)],
         "lawful: cross on white, not red": [emblem_scene(rng, color=pick(COLORS, "red")) for _ in range(n)],
@@ -154,8 +156,7 @@ def make(args: argparse.Namespace) -> None:
     fit, test = (
         {name: embed(clip, scenes, reconstruct) for name, scenes in groups(args.n, 2 * args.seed + part).items()} for part in (0, 1)
     )
-    emblem, *others = fit.values()
-    lawful = torch.cat(others)
+    emblem, lawful = (torch.cat([v for name, v in fit.items() if name.startswith(group)]) for group in ("emblem", "lawful"))
     concepts = candidates(clip, emblem, lawful)
     thresholds = {kind: threshold_for(emblem @ c, lawful @ c, args.max_fpr) for kind, c in concepts.items()}
     recall = {kind: float((emblem @ c > thresholds[kind]).float().mean()) for kind, c in concepts.items()}
@@ -166,10 +167,10 @@ def make(args: argparse.Namespace) -> None:
         "special_care_embeds": torch.zeros(0, len(concepts[kind])),
         "special_care_embeds_weights": torch.zeros(0),
     }
-    lines = [f"| share flagged, of {args.n} held-out scenes each | {' | '.join(KINDS)} |", "|---|" + "---:|" * len(KINDS)]
+    lines = [f"| share flagged of scenes not used for the choice | {' | '.join(KINDS)} |", "|---|" + "---:|" * len(KINDS)]
     for name, vectors in test.items():
         shares = [float((vectors @ concepts[k] > thresholds[k]).float().mean()) for k in KINDS]
-        lines.append(f"| {name} | " + " | ".join(f"{share:.2%}" for share in shares) + " |")
+        lines.append(f"| {name} ({len(vectors)}) | " + " | ".join(f"{share:.2%}" for share in shares) + " |")
     lines.append("| threshold | " + " | ".join(f"{thresholds[k]:.3f}" for k in KINDS) + " |")
     save_weights(state, target, {"policy": "red cross on a white background", "kind": kind, "table": "\n".join(lines)}, overwrite=True)
     say("\n".join([*lines, "", f"used: {kind}; written: {target}"]))

@@ -320,15 +320,19 @@ def _refuse_differences(
 
 
 def _fit(value: Tensor, shape: torch.Size) -> Tensor:
-    """`value` repeated or cut to `shape` along its first two dimensions; repeated inputs share the old weight, so that the sum stays."""
+    """`value` repeated or cut to `shape` along its first two dimensions.
+
+    A repeated input is divided by one more than the number of its uses: the published rule, kept because start weights decide how a
+    fine-tuning run goes (its counter begins at one, so the response to repeated channels comes out smaller than before).
+    """
     if value.shape == shape or value.ndim != len(shape) or value.ndim == 0 or value.shape[2:] != shape[2:]:
         return value
     rows = torch.arange(shape[0]) % value.shape[0]
     value = value[rows]
     if value.ndim > 1 and value.shape[1] != shape[1]:
         columns = torch.arange(shape[1]) % value.shape[1]
-        uses = torch.bincount(columns)[columns].to(value.dtype)  # how often each old input is used
-        value = value[:, columns] / uses.view(1, -1, *[1] * (value.ndim - 2))
+        divisor = (torch.bincount(columns)[columns] + 1).to(value.dtype)
+        value = value[:, columns] / divisor.view(1, -1, *[1] * (value.ndim - 2))
     return value
 
 

@@ -196,10 +196,10 @@ class Text2Image:
                 x_T = self._start(noise, (n, *shape))
                 return sampler.sample(s.steps, n, shape, cond, eta=s.eta, x_T=x_T, verbose=self.progress, **guidance)[0]
             z0 = self._encode(self.init_image).expand(n, -1, -1, -1)  # (B, C, h, w)
-            t_start = int(s.strength * s.steps)
+            sampler.make_schedule(s.steps, ddim_eta=s.eta, verbose=False)
+            t_start = int(s.strength * len(sampler.ddim_timesteps))  # the grid may have a step more than was asked for
             if t_start == 0:
                 return z0
-            sampler.make_schedule(s.steps, ddim_eta=s.eta, verbose=False)
             x = sampler.stochastic_encode(z0, t_start, noise=self._start(noise, z0.shape))
             return sampler.decode(x, cond, t_start, verbose=self.progress, **guidance)
 

@@ -24,6 +24,8 @@ SHIPPED = {
     "v1-inference": "configs/stable-diffusion/v1-inference.yaml",
     "v2-inference": "configs/stable-diffusion/v2-inference.yaml",
     "v2-inference-v": "configs/stable-diffusion/v2-inference-v.yaml",
+    "v2-inpainting-inference": "configs/stable-diffusion/v2-inpainting-inference.yaml",
+    "v2-1-stable-unclip-h-inference": "configs/stable-diffusion/v2-1-stable-unclip-h-inference.yaml",
     "autoencoder_kl_32x32x4": "configs/autoencoder/autoencoder_kl_32x32x4.yaml",
     "autoencoder_kl_64x64x3": "configs/autoencoder/autoencoder_kl_64x64x3.yaml",
     "kl-f16": "models/first_stage_models/kl-f16/config.yaml",

@@ -253,7 +253,7 @@ def test_make_safety_script(tmp_path: Path, lenient: Path):  # noqa: F811
         (tmp_path / name).write_bytes((lenient / name).read_bytes())
     ran = script("make_safety.py", "--folder", str(tmp_path), "--n", "100")
     assert ran.returncode == 0, ran.stderr
-    assert "| emblem: red cross on white |" in ran.stdout
+    assert "| emblem: red cross on white, alone or several (" in ran.stdout
     checker = load_safety(tmp_path)
     assert checker.concept_embeds.shape == (1, 16) and len(checker.special_care_embeds) == 0
     refused = script("make_safety.py", "--folder", str(tmp_path), "--n", "100")
