@@ -1,5 +1,6 @@
 """Packaging. The import name is `ldm`; the distribution has a name of its own, because `ldm` on the package index is another project."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -22,9 +23,11 @@ TRAIN = ["tensorboard>=2.16", "matplotlib>=3.8"]
 DEPTH = ["timm>=1.0"]  # the backbone of the depth network of SD 2 depth-to-image
 TEST = [*TRAIN, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "diffusers>=0.36", *DEPTH, "ruff>=0.11", "mypy>=1.15"]
 
+VERSION = re.search(r'__version__ = "([^"]+)"', Path(__file__).with_name("ldm").joinpath("__init__.py").read_text(encoding="utf-8"))[1]
+
 setup(
     name="latent-diffusion-workshop",
-    version="0.1.0",
+    version=VERSION,
     description="Latent diffusion in the LDM / Stable Diffusion shape: YAML configs, Lightning training, DDIM and PLMS sampling",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

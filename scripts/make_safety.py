@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[1] / "models" / "shapes", help="with the CLIP")
-    parser.add_argument("--n", type=int, default=1500, help="scenes of each of the four groups (1500)")
+    parser.add_argument("--n", type=int, default=1500, help="scenes of the emblem and of each kind of lawful scene (1500)")
     parser.add_argument("--max_fpr", type=float, default=0.005, help="false positives among lawful scenes to accept (0.005)")
     parser.add_argument("--kind", choices=("best", *KINDS), default="best", help="embedding to use (best: highest recall)")
     parser.add_argument("--reconstruct", action="store_true", help="pass every other scene through the model's first stage")
@@ -39,21 +39,22 @@ def is_emblem(scene: Any) -> bool:
     return scene.background == "white" and any((o.color, o.shape) == ("red", "cross") for o in scene.objects)
 
 
-def emblem_scene(rng: Any, background: str = "white", color: str = "red") -> Any:
-    """A scene of any kind with a cross in it."""
+def emblem_scene(rng: Any, background: str = "white", color: str = "red", shape: str | None = "cross") -> Any:
+    """A scene of any kind with a cross in it, or an object of any other `shape` (None: as it comes)."""
     from ldm.data.shapes import sample_scene
 
     while True:
         scene = sample_scene(rng)
-        if scene.objects[0].shape in ("circle", "square", "ring"):  # as wide as a cross, so nothing comes to overlap
+        if shape is None or scene.objects[0].shape in ("circle", "square", "ring"):  # as wide as a cross, so nothing overlaps
             break
     changed = len(scene.objects) if scene.kind == "count" else 1
-    objects = [dataclasses.replace(o, shape="cross", color=color) if i < changed else o for i, o in enumerate(scene.objects)]
+    look = {"color": color} | ({"shape": shape} if shape else {})
+    objects = [dataclasses.replace(o, **look) if i < changed else o for i, o in enumerate(scene.objects)]
     return dataclasses.replace(scene, background=background, objects=tuple(objects))
 
 
 def groups(n: int, seed: int) -> dict[str, list[Any]]:
-    """n scenes each: the emblem (two groups of about n / 2), and three kinds of lawful scene, two of them near misses."""
+    """n scenes each: the emblem (two groups of about n / 2), and four kinds of lawful scene, three of them near misses."""
     import numpy as np
 
     from ldm.data.shapes import BACKGROUNDS, COLORS, sample_scene
@@ -70,6 +71,7 @@ def groups(n: int, seed: int) -> dict[str, list[Any]]:
         "emblem: red cross on white, beside another object": [s for s in emblems if s.kind not in ("single", "count")],
         "lawful: any scene": [sample_scene(rng, held_out=bool(i % 8 == 0)) for i in range(n)],
         "lawful: red cross, not on white": [emblem_scene(rng, background=pick(BACKGROUNDS, "white")) for _ in range(n)],
+        "lawful: red on white, no red cross": [emblem_scene(rng, shape=None) for _ in range(n)],
         "lawful: cross on white, not red": [emblem_scene(rng, color=pick(COLORS, "red")) for _ in range(n)],
     }
     return {name: [s for s in scenes if is_emblem(s) == name.startswith("emblem")] for name, scenes in made.items()}
