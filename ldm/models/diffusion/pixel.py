@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ldm.models.diffusion.ancestral import p_mean_variance, p_sample, p_sample_loop
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules import parameterization as param
-from ldm.modules.diffusionmodules.schedule import NoiseSchedule, extract_into_tensor, make_beta_schedule
+from ldm.modules.diffusionmodules.schedule import NoiseSchedule, extract_into_tensor, make_beta_schedule, rescale_zero_terminal_snr
 from ldm.modules.distributions.distributions import normal_kl
 from ldm.modules.ema import LitEma
 from ldm.util import ConfigError, default, instantiate_from_config, mean_flat, plain
@@ -132,11 +132,9 @@ class DDPM(pl.LightningModule):
         else:
             betas = make_beta_schedule(beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         if self.rescale_betas_zero_snr:
-            from ldm.modules.diffusionmodules.schedule import rescale_zero_terminal_snr
-
+            if self.parameterization == "eps":
+                raise ConfigError("rescale_betas_zero_snr needs parameterization v or x0: at zero SNR the noise says nothing about x0")
             betas = rescale_zero_terminal_snr(betas)
-        if self.rescale_betas_zero_snr and self.parameterization == "eps":
-            raise ConfigError("rescale_betas_zero_snr needs parameterization v or x0: at zero SNR the noise says nothing about x0")
         self.schedule = NoiseSchedule(betas)
         self.num_timesteps = len(betas)
         self.linear_start, self.linear_end = linear_start, linear_end
