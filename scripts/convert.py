@@ -22,7 +22,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> None:
-        from ldm.inference.convert import convert
+        from ldm.inference.weights.convert import convert
 
         for line in convert(**vars(options)):
             say(line)

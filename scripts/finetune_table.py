@@ -120,7 +120,7 @@ def result_of(method: str, run: Path) -> Path:
     """The file with what a run has learnt."""
     if method != "dreambooth":
         return run / ("lora.safetensors" if method == "lora" else "embedding.safetensors")
-    from ldm.inference.prune import prune
+    from ldm.inference.weights.prune import prune
 
     model = run / "model.safetensors"
     if not model.is_file():

@@ -25,7 +25,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> None:
-        from ldm.inference.inspection import describe
+        from ldm.inference.weights.inspection import describe
 
         for path in options.paths:
             if len(options.paths) > 1:

@@ -24,7 +24,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> None:
-        from ldm.inference.lora_merge import merge_into_file
+        from ldm.inference.weights.lora_merge import merge_into_file
 
         done = merge_into_file(**vars(options))
         say(f"{options.target}: {done['tensors']} tensors, {done['changed']} of them changed, {done['bytes'] / 2**20:.1f} MiB")

@@ -23,7 +23,7 @@ def main() -> int:
     options = parser.parse_args()
 
     def run() -> None:
-        from ldm.inference.prune import prune
+        from ldm.inference.weights.prune import prune
 
         done = prune(**vars(options))
         say(f"{options.target}: {done['tensors']} tensors, {done['elements'] / 1e6:.2f} M values, {done['bytes'] / 2**20:.1f} MiB")

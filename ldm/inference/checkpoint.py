@@ -1,8 +1,8 @@
 """The one door for weights: reading, loading into a model, saving.
 
 Owns: which differences between what is read and a model are harmless. Every other difference is a `CheckpointError` that names the
-tensors: a model is either filled completely or left untouched. Files are read by `weight_files`, diffusers folders by
-`diffusers_folder`; names are `weight_names`' business.
+tensors: a model is either filled completely or left untouched. Files are read by `weights.files`, diffusers folders by
+`diffusers_folder`; names are `key_names`' business.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.inference import weight_names
-from ldm.inference.weight_files import TensorInfo, file_kind, read_header, read_tensors
+from ldm.inference.weights import key_names
+from ldm.inference.weights.files import TensorInfo, file_kind, read_header, read_tensors
 from ldm.util import CheckpointError, UserError
 
 log = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ def read_state_dict(path: str | Path, own: Collection[str] = ()) -> dict[str, Te
     encoder's under those of transformers or of open_clip, whichever `own`, the names of the model to be filled, are. Raises
     CheckpointError, one line, for anything that is not a whole weights file.
     """
-    from ldm.inference.diffusers_folder import apply_recipe, read_folder
-    from ldm.inference.diffusers_names import kind_of_names, to_ours
+    from ldm.inference.weights.diffusers_folder import apply_recipe, read_folder
+    from ldm.inference.weights.diffusers_names import kind_of_names, to_ours
 
     path = Path(path)
     if path.is_dir():
@@ -92,7 +92,7 @@ def load_weights(
         raise UserError(f"ema {ema!r} is unknown; use {', '.join(EMA_MODES)}")
     in_file = read_state_dict(path, model.state_dict())
     if prefix is None:
-        prefix = weight_names.prefix_of(model.state_dict(), in_file)
+        prefix = key_names.prefix_of(model.state_dict(), in_file)
     if prefix:
         return _load_part(model, path, in_file, prefix, ema, allow_missing, ignore, make_it_fit)
     return _load(model, path, in_file, ema, allow_missing, ignore, make_it_fit)
@@ -100,10 +100,10 @@ def load_weights(
 
 def _load_part(model: nn.Module, path: str | Path, in_file: dict[str, Tensor], prefix: str, ema: str, *rules: Any) -> LoadReport:
     """Fill `model`, whose names stand below `prefix`, from what the file of a larger model has there, its averages included."""
-    in_file, used = choose_ema({weight_names.published(name): value for name, value in in_file.items()}, {}, ema, path)
+    in_file, used = choose_ema({key_names.published(name): value for name, value in in_file.items()}, {}, ema, path)
     below = {name[len(prefix) :]: value for name, value in in_file.items() if name.startswith(prefix)}
     if not below:
-        raise CheckpointError(f"{path} has nothing under {prefix}; it holds {weight_names.likely_content(in_file)}")
+        raise CheckpointError(f"{path} has nothing under {prefix}; it holds {key_names.likely_content(in_file)}")
     log.info("%s: taken from what is under %s", path, prefix)
     return replace(_load(model, path, below, "auto", *rules), ema=used)
 
@@ -118,14 +118,14 @@ def _load(
     make_it_fit: bool,
 ) -> LoadReport:
     own = model.state_dict()
-    names = weight_names.match(in_file, own)
+    names = key_names.match(in_file, own)
     found = {names[n]: value for n, value in in_file.items()}
     ignored = tuple(n for n in found if ignore and n.startswith(tuple(ignore)))
     for name in ignored:
         del found[name]
     found, used = choose_ema(found, own, ema, path)
     notes = _compare_settings(model, found, own)
-    usable = {n: v for n, v in found.items() if n in own and n not in weight_names.SCHEDULE_BUFFERS}
+    usable = {n: v for n, v in found.items() if n in own and n not in key_names.SCHEDULE_BUFFERS}
     if make_it_fit:
         usable = {n: _fit(v, own[n].shape) for n, v in usable.items()}
     missing = [n for n in own if n not in usable]
@@ -137,7 +137,7 @@ def _load(
     for note in notes:
         log.warning("%s: %s", path, note)
     report = LoadReport(
-        missing=tuple(n for n in missing if n not in weight_names.SCHEDULE_BUFFERS),
+        missing=tuple(n for n in missing if n not in key_names.SCHEDULE_BUFFERS),
         unexpected=ignored,
         renamed=tuple((a, b) for a, b in names.items() if a != b),
         dropped=tuple(n for n in found if n not in own),
@@ -156,7 +156,7 @@ def unused_weights(model: nn.Module) -> set[str]:
     These are, of a CLIP text tower, the blocks that are left out at its end and its heads, of a CLIP image encoder the text's half, of
     a depth model the classifier that it was made from.
     """
-    from ldm.inference.diffusers_depth import UNUSED
+    from ldm.inference.weights.diffusers_depth import UNUSED
     from ldm.modules.encoders.conditioner import FrozenOpenCLIPEmbedder2
     from ldm.modules.encoders.image import ClipImageEncoder
     from ldm.modules.encoders.text import FrozenOpenCLIPEmbedder
@@ -167,7 +167,7 @@ def unused_weights(model: nn.Module) -> set[str]:
         names: Collection[str] = ()
         if isinstance(module, FrozenOpenCLIPEmbedder):
             two = isinstance(module, FrozenOpenCLIPEmbedder2) and not module.legacy
-            names = weight_names.unused_in_tower(module.state_dict(), 0 if two else module.layer_idx, projection=not two)
+            names = key_names.unused_in_tower(module.state_dict(), 0 if two else module.layer_idx, projection=not two)
         elif isinstance(module, ClipImageEncoder):
             names = [name for name in module.state_dict() if not name.startswith("model.visual.")]
         elif isinstance(module, DPTHybrid):
@@ -179,7 +179,7 @@ def unused_weights(model: nn.Module) -> set[str]:
 def choose_ema(found: dict[str, Tensor], own: Mapping[str, Tensor], mode: str, path: str | Path) -> tuple[dict[str, Tensor], str]:
     """Decide between trained and averaged weights; returns the tensors under the model's names, and which were used."""
     found, used = dict(found), "none"
-    for table in weight_names.ema_tables(own, found):  # weight -> its average
+    for table in key_names.ema_tables(own, found):  # weight -> its average
         in_file = {w: s for w, s in table.items() if s in found}
         in_model = {w: s for w, s in table.items() if s in own}
         if in_file:
@@ -189,7 +189,7 @@ def choose_ema(found: dict[str, Tensor], own: Mapping[str, Tensor], mode: str, p
         if not in_file or used == "raw":  # the model's averages start from the weights
             found.update({s: found[w] for w, s in in_model.items() if w in found})
             prefix = next(iter(table.values())).partition(".")[0] + "."
-            found = {n: v for n, v in found.items() if not (n.startswith(prefix) and weight_names.is_ema_state(n))}
+            found = {n: v for n, v in found.items() if not (n.startswith(prefix) and key_names.is_ema_state(n))}
         for shadow in in_file.values():
             if shadow not in own:
                 del found[shadow]
@@ -223,19 +223,19 @@ def _compare_settings(model: nn.Module, found: Mapping[str, Tensor], own: Mappin
 def _refuse_differences(
     path: str | Path, own: Mapping[str, Tensor], found: Mapping[str, Tensor], usable: Mapping[str, Tensor], missing: Sequence[str]
 ) -> None:
-    lacking = [n for n in missing if not weight_names.is_harmless(n) and n != "scale_factor"]
-    foreign = [n for n in found if n not in own and not weight_names.is_harmless(n) and n != "scale_factor"]
+    lacking = [n for n in missing if not key_names.is_harmless(n) and n != "scale_factor"]
+    foreign = [n for n in found if n not in own and not key_names.is_harmless(n) and n != "scale_factor"]
     shapes = [f"{n} {list(v.shape)} instead of {list(own[n].shape)}" for n, v in usable.items() if v.shape != own[n].shape]
     problems = [
-        f"{label} {weight_names.summary(names)}"
+        f"{label} {key_names.summary(names)}"
         for label, names in (("it lacks", lacking), ("it has unknown", foreign), ("it has other shapes:", shapes))
         if names
     ]
     if problems:
-        from ldm.inference.families import title_of
+        from ldm.inference.weights.families import title_of
 
         title = title_of({name: TensorInfo(str(value.dtype), tuple(value.shape)) for name, value in found.items()})
-        content = f"{title}: {weight_names.likely_content(found)}" if title else weight_names.likely_content(found)
+        content = f"{title}: {key_names.likely_content(found)}" if title else key_names.likely_content(found)
         raise CheckpointError(f"{path} does not fit this model: {'; '.join(problems)}. The file holds {content}")
 
 
@@ -264,9 +264,9 @@ def _fill(model: nn.Module, own: Mapping[str, Tensor], usable: Mapping[str, Tens
         model.load_state_dict({**own, **usable})
         return
     unknown = [n for n, v in own.items() if v.is_meta and n not in usable]
-    lost = [n for n in unknown if not weight_names.is_loss(n) and n not in unused]
+    lost = [n for n in unknown if not key_names.is_loss(n) and n not in unused]
     if lost:
-        raise CheckpointError(f"a model without memory needs every tensor from the file; it lacks {weight_names.summary(lost)}")
+        raise CheckpointError(f"a model without memory needs every tensor from the file; it lacks {key_names.summary(lost)}")
     values = {n: v.to(own[n].dtype) for n, v in usable.items()}
     values |= {n: torch.zeros_like(own[n], device="cpu") for n in unknown}  # unused, or of a training loss
     model.load_state_dict({**own, **values}, assign=True)
@@ -322,8 +322,8 @@ def _to_store(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, value in state.items():
-        name, stored = weight_names.published(name), value.detach().cpu()
-        if dtype is not None and stored.is_floating_point() and stored.ndim > 0 and name not in weight_names.SCHEDULE_BUFFERS:
+        name, stored = key_names.published(name), value.detach().cpu()
+        if dtype is not None and stored.is_floating_point() and stored.ndim > 0 and name not in key_names.SCHEDULE_BUFFERS:
             stored = stored.to(dtype)
             if not torch.isfinite(stored).all() and torch.isfinite(value).all():
                 raise UserError(f"{name} has values outside the range of {str(dtype).removeprefix('torch.')}: save as bfloat16 or float32")

@@ -38,7 +38,7 @@ class ModelFacts:
 
 def find_model(config: str | None, ckpt: str | None, prediction: str | None = None) -> tuple[Any, str]:
     """Config (a YAML's path, or plain containers) and weights from what was named of them; see `families.resolve_model`."""
-    from ldm.inference.families import resolve_model
+    from ldm.inference.weights.families import resolve_model
 
     return resolve_model(config, ckpt, prediction)
 

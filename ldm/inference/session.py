@@ -20,10 +20,8 @@ import torch
 
 from ldm.inference import record
 from ldm.inference.additions import embedding_spec, lora_spec
-from ldm.inference.embedding_files import add_embeddings
 from ldm.inference.facts import SHIPPED_CONFIG, read_config
 from ldm.inference.film import Film, film_bytes
-from ldm.inference.lora_files import merge_loras
 from ldm.inference.models import load_model, load_vae, pick_device
 from ldm.inference.noise import rng_state, set_rng_state, threads
 from ldm.inference.options import Options
@@ -33,6 +31,8 @@ from ldm.inference.prompts import Batch, plan
 from ldm.inference.safety import SafetyFilter, Verdict, check_safety_files, load_safety
 from ldm.inference.tasks import get_task
 from ldm.inference.watermark import Watermarker
+from ldm.inference.weights.embedding_files import add_embeddings
+from ldm.inference.weights.lora_files import merge_loras
 from ldm.models.tiling import Tiling
 from ldm.util import UserError, trust
 

@@ -197,7 +197,7 @@ class LoRA(FineTuning):
         for place, (weight, alpha) in self.layers.items():
             down, up = (trained[f"{place}.lora_{side}.{_ADAPTER}.weight"] for side in "AB")
             found[weight] = LowRank(down.detach().cpu(), up.detach().cpu(), alpha=alpha)
-        get_obj_from_str("ldm.inference.lora_files.write_lora")(path, found, self.names, overwrite=True)
+        get_obj_from_str("ldm.inference.weights.lora_files.write_lora")(path, found, self.names, overwrite=True)
 
 
 def _fits_any(pattern: str, layers: Sequence[str]) -> bool:
@@ -209,7 +209,7 @@ def _peft_layers(model: nn.Module) -> Any:
     """(path of the factors, (weight that they change, alpha)) of all layers that peft has put into a model, by published names."""
     from peft.tuners.lora import LoraLayer
 
-    published = get_obj_from_str("ldm.inference.weight_names.published")
+    published = get_obj_from_str("ldm.inference.weights.key_names.published")
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             weight = f"{path}.{getattr(layer, 'parameter_name', 'weight')}".replace(".base_layer.", ".")
@@ -251,6 +251,6 @@ class TextualInversion(FineTuning):
             raise ConfigError(f"no caption of a batch has the word {self.word!r}, such as {list(captions)[:1]}: set the data's word")
 
     def export(self, trained: Mapping[str, Tensor], path: Path) -> None:
-        embedding, write = (get_obj_from_str(f"ldm.inference.embedding_files.{name}") for name in ("Embedding", "write_embedding"))
+        embedding, write = (get_obj_from_str(f"ldm.inference.weights.embedding_files.{name}") for name in ("Embedding", "write_embedding"))
         vectors = tuple(trained[name].detach().cpu() for name in self.trained)
         write(path, embedding(self.word, vectors), overwrite=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ldm.inference.weight_names import published
+from ldm.inference.weights.key_names import published
 from ldm.inference.zoo import build_on_meta
 from tests.contracts.shipped import ROOT, Shapes, built, load, summarise
 

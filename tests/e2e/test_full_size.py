@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm.inference.families import identify, resolve_model
 from ldm.inference.models import load_model
+from ldm.inference.weights.families import identify, resolve_model
 from tests.inference import diffusers_models as small
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from PIL import Image
 from ldm.inference.additions import check_additions, embedding_spec, lora_spec, moved, split_spec
 from ldm.inference.checkpoint import read_state_dict
 from ldm.inference.cli import main
-from ldm.inference.embedding_files import Embedding, write_embedding
-from ldm.inference.lora_files import write_lora
 from ldm.inference.output import read_metadata
+from ldm.inference.weights.embedding_files import Embedding, write_embedding
+from ldm.inference.weights.lora_files import write_lora
 from ldm.modules.lora import LowRank
 from ldm.util import UserError
 

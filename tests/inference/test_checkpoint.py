@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm.inference import weight_names
 from ldm.inference.checkpoint import load_weights, read_metadata, read_state_dict, save_weights
+from ldm.inference.weights import key_names
 from ldm.util import CheckpointError, UserError
 
 
@@ -213,7 +213,7 @@ def test_harmless_names_may_be_there_or_not(tmp_path: Path) -> None:
         content[name] = torch.zeros(2)
     report = load_weights(Averaged(), save(content, tmp_path / "m.ckpt"))
     assert len(report.dropped) == 9
-    assert not weight_names.is_harmless("model.diffusion_model.loss_head.weight")
+    assert not key_names.is_harmless("model.diffusion_model.loss_head.weight")
 
 
 def test_the_schedule_of_the_config_stays_and_a_difference_is_told(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_ema_on_demand_and_unknown_modes(tmp_path: Path) -> None:
 
 def test_an_autoencoder_averages_itself() -> None:
     own = {"encoder.conv.weight", "model_ema.encoderconvweight", "model_ema.decay"}
-    assert weight_names.ema_tables(own, own) == [{"encoder.conv.weight": "model_ema.encoderconvweight"}]
+    assert key_names.ema_tables(own, own) == [{"encoder.conv.weight": "model_ema.encoderconvweight"}]
 
 
 def test_make_it_fit_divides_repeated_channels_by_the_published_count(tmp_path: Path) -> None:
@@ -321,9 +321,9 @@ def test_saving_tensors_that_share_memory_or_leave_the_range(tmp_path: Path) -> 
 def test_published_names() -> None:
     flat = "cond_stage_model.transformer.encoder.layers.0.mlp.fc1.weight"
     full = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
-    assert weight_names.published(flat) == weight_names.published(full) == full
+    assert key_names.published(flat) == key_names.published(full) == full
     openclip = "cond_stage_model.model.transformer.resblocks.0.ln_1.weight"
     t5 = "cond_stage_model.transformer.encoder.block.0.layer.0.weight"
-    assert weight_names.published(openclip) == openclip and weight_names.published(t5) == t5
-    assert weight_names.match([flat], {full}) == {flat: full}
-    assert weight_names.match([full], {flat}) == {full: flat}
+    assert key_names.published(openclip) == openclip and key_names.published(t5) == t5
+    assert key_names.match([flat], {full}) == {flat: full}
+    assert key_names.match([full], {flat}) == {full: flat}

@@ -12,13 +12,13 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.inference import weight_names
 from ldm.inference.checkpoint import load_weights, read_metadata, read_state_dict, save_weights
-from ldm.inference.convert import convert
-from ldm.inference.diffusers_names import DEPTH, shape_of, to_ours, to_theirs
 from ldm.inference.facts import SHIPPED_WEIGHTS
-from ldm.inference.families import identify, resolve_model
 from ldm.inference.models import load_model
+from ldm.inference.weights import key_names
+from ldm.inference.weights.convert import convert
+from ldm.inference.weights.diffusers_names import DEPTH, shape_of, to_ours, to_theirs
+from ldm.inference.weights.families import identify, resolve_model
 from ldm.modules.midas.dpt import DPTHybrid
 from ldm.util import CheckpointError, UserError
 from tests.inference.diffusers_models import depth_estimator, depth_parts, parts, refiner_parts, save, unclip_parts, upscaler_parts
@@ -274,7 +274,7 @@ def test_from_file_to_folder_to_file(folders: dict, family: str, tmp_path: Path)
         "model_ema.decay": torch.tensor(0.9999),
         "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
     }
-    shadows = weight_names.shadows([n for n in state if n.startswith("model.")], "model_ema.", "model.")
+    shadows = key_names.shadows([n for n in state if n.startswith("model.")], "model_ema.", "model.")
     state |= {shadow: state[name].half() for name, shadow in shadows.items()}
     given = {**header, "ldm.config": json.dumps(embedded), "title": "mine"}
     save_weights(state, tmp_path / "full.safetensors", metadata=given)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ldm.inference.embedding_files import Embedding, add_embeddings, read_embedding, write_embedding
+from ldm.inference.weights.embedding_files import Embedding, add_embeddings, read_embedding, write_embedding
 from ldm.modules.encoders.conditioner import FrozenOpenCLIPEmbedder2
 from ldm.modules.encoders.text import FrozenOpenCLIPEmbedder
 from ldm.modules.textual_inversion import token_table

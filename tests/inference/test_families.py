@@ -13,9 +13,9 @@ import torch
 
 from ldm.inference.checkpoint import load_weights, read_state_dict, save_weights
 from ldm.inference.facts import REPO, SHIPPED_CONFIG, SHIPPED_WEIGHTS, read_config, read_facts
-from ldm.inference.families import Found, config_prediction, identify, resolve_model
-from ldm.inference.inspection import describe
 from ldm.inference.models import drawing_config
+from ldm.inference.weights.families import Found, config_prediction, identify, resolve_model
+from ldm.inference.weights.inspection import describe
 from ldm.util import CheckpointError, ConfigError, UserError, instantiate_from_config
 from tests.inference.diffusers_models import parts, save
 

@@ -14,12 +14,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ldm.inference import weight_names
 from ldm.inference.checkpoint import load_weights, read_metadata, read_state_dict, save_weights
-from ldm.inference.convert import convert
 from ldm.inference.facts import REPO, SHIPPED_WEIGHTS, read_config
-from ldm.inference.families import resolve_model
-from ldm.inference.prune import prune
+from ldm.inference.weights import key_names
+from ldm.inference.weights.convert import convert
+from ldm.inference.weights.families import resolve_model
+from ldm.inference.weights.prune import prune
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.modules.encoders.text import FrozenOpenCLIPEmbedder
 from ldm.util import CheckpointError, instantiate_from_config
@@ -43,7 +43,7 @@ def fresh(folder: Path, **params: Any) -> Any:
 
 def with_averages(state: State) -> State:
     """Trained weights that are off by one, averages that are right."""
-    shadows = weight_names.shadows([name for name in state if name.startswith("model.")], "model_ema.", "model.")
+    shadows = key_names.shadows([name for name in state if name.startswith("model.")], "model_ema.", "model.")
     full = {name: value + 1 if name in shadows else value for name, value in state.items()}
     full |= {shadow: state[name] for name, shadow in shadows.items()}
     return full | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5, dtype=torch.int32)}

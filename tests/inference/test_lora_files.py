@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from ldm.inference.checkpoint import read_metadata, read_state_dict, save_weights
 from ldm.inference.facts import find_model
-from ldm.inference.lora_files import Layout, gather, merge_loras, named_weights, read_lora, with_loras, write_lora
-from ldm.inference.lora_merge import merge_into_file
 from ldm.inference.models import load_model
+from ldm.inference.weights.lora_files import Layout, gather, merge_loras, named_weights, read_lora, with_loras, write_lora
+from ldm.inference.weights.lora_merge import merge_into_file
 from ldm.modules.lora import with_changes
 from ldm.training.finetune import LoRA
 from ldm.util import CheckpointError, UserError

@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor, nn
 
 from ldm.inference.checkpoint import load_weights, save_weights
-from ldm.inference.weight_names import published
+from ldm.inference.weights.key_names import published
 from ldm.models.diffusion.sgm import denoiser_scaling, discretizer, guiders, loss_weighting, sampling, sampling_utils, sigma_sampling
 from ldm.models.diffusion.sgm.denoiser import DiscreteDenoiser
 from ldm.models.diffusion.sgm.engine import DiffusionEngine

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ldm.inference.diffusers_config import unet_params
-from ldm.inference.diffusers_folder import apply_recipe
-from ldm.inference.diffusers_names import UNET, to_ours
+from ldm.inference.weights.diffusers_config import unet_params
+from ldm.inference.weights.diffusers_folder import apply_recipe
+from ldm.inference.weights.diffusers_names import UNET, to_ours
 from ldm.models.diffusion.ddpm import DDPM
 
 STEPS, BATCH = 50, 4

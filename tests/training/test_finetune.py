@@ -12,9 +12,9 @@ import yaml
 
 from ldm.data.personalized import TEMPLATES
 from ldm.inference.checkpoint import read_metadata
-from ldm.inference.embedding_files import read_embedding
 from ldm.inference.facts import read_config
-from ldm.inference.lora_files import read_lora
+from ldm.inference.weights.embedding_files import read_embedding
+from ldm.inference.weights.lora_files import read_lora
 from ldm.modules.textual_inversion import add_word, text_encoders, token_table, vectors_of_text
 from ldm.training.finetune import LoRA, TextualInversion, fingerprint
 from ldm.util import CheckpointError, ConfigError, instantiate_from_config

@@ -17,7 +17,7 @@ from ldm.data.folder import FolderDataset
 from ldm.data.shapes import ShapesDataset
 from ldm.data.shards import write_shards
 from ldm.inference.checkpoint import read_state_dict
-from ldm.inference.weight_names import SCHEDULE_BUFFERS
+from ldm.inference.weights.key_names import SCHEDULE_BUFFERS
 from ldm.inference.zoo import build_on_meta
 from ldm.models.diffusion.panels import latent_panels
 from ldm.training.budget import devices_of, header, launch_of, phases_of, placeholders

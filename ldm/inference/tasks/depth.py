@@ -104,7 +104,7 @@ class DepthToImage(ImageToImage):
 
 
 def _require_midas(ckpt: str) -> None:
-    from ldm.inference.weight_files import read_header
+    from ldm.inference.weights.files import read_header
 
     if Path(ckpt).is_file() and not any(name.startswith(_MIDAS) for name in read_header(Path(ckpt)).tensors):
         raise CheckpointError(f"{ckpt!r} has no depth estimator ({_MIDAS}*): give the depth map by --depth FILE")

@@ -115,7 +115,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 def _find_stage(config: str | None, ckpt: str | None) -> tuple[Any, str]:
     """As `find_model`; also the folder of an autoencoder alone, as diffusers saves it. What a network predicts is of no interest here."""
     if config is None and ckpt is not None and (Path(ckpt) / "config.json").is_file():
-        from ldm.inference.diffusers_config import first_stage_config, read_json
+        from ldm.inference.weights.diffusers_config import first_stage_config, read_json
 
         return {"model": first_stage_config(read_json(Path(ckpt) / "config.json"))}, ckpt
     return find_model(config, ckpt, None if config is not None or ckpt is None else "eps")

@@ -5,8 +5,8 @@ A model that diffusers' classes cannot be is a ConfigError that names why.
 
 from __future__ import annotations
 
-from ldm.inference.diffusers_config import BETA_SCHEDULES, PREDICTIONS, UNET_CLASS, Json
-from ldm.inference.diffusers_names import CLIP
+from ldm.inference.weights.diffusers_config import BETA_SCHEDULES, PREDICTIONS, UNET_CLASS, Json
+from ldm.inference.weights.diffusers_names import CLIP
 from ldm.util import ConfigError
 
 VERSION = "0.42.1"  # of diffusers whose settings these are

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ldm.inference import weight_names
 from ldm.inference.checkpoint import EMA_MODES, choose_ema, read_metadata, read_state_dict, save_weights
 from ldm.inference.facts import read_config
-from ldm.inference.families import EMBEDDED_CONFIG
+from ldm.inference.weights import key_names
+from ldm.inference.weights.families import EMBEDDED_CONFIG
 from ldm.util import CheckpointError, UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,14 +43,14 @@ def prune(
     if ema not in EMA_MODES:
         raise UserError(f"ema {ema!r} is unknown; use {', '.join(EMA_MODES)}")
     source = Path(source)
-    found = {weight_names.published(name): value for name, value in read_state_dict(source).items()}
+    found = {key_names.published(name): value for name, value in read_state_dict(source).items()}
     state, used = choose_ema(found, {}, ema, source)
-    state = {n: v for n, v in state.items() if not weight_names.is_ema_state(n) and not weight_names.is_loss(n)}
+    state = {n: v for n, v in state.items() if not key_names.is_ema_state(n) and not key_names.is_loss(n)}
     if part is not None:
         prefix = part.rstrip(".") + "."
         state = {n[len(prefix) :]: v for n, v in state.items() if n.startswith(prefix)}
         if not state:
-            raise CheckpointError(f"{source} has nothing under {prefix}; it holds {weight_names.likely_content(found)}")
+            raise CheckpointError(f"{source} has nothing under {prefix}; it holds {key_names.likely_content(found)}")
     header = {**_kept_metadata(source), "source": source.name, "averages": used, "dtype": dtype, **(metadata or {})}
     if config is not None:
         content = read_config(config)

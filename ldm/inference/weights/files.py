@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.inference import weight_names
+from ldm.inference.weights import key_names
 from ldm.util import CheckpointError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _only_tensors(path: Path, content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path} holds no weights; it has {weight_names.summary(list(map(str, content))) or 'nothing'}")
+        raise CheckpointError(f"{path} holds no weights; it has {key_names.summary(list(map(str, content))) or 'nothing'}")
     return tensors
 
 
@@ -212,7 +212,7 @@ def _foreign_names(path: Path) -> list[str]:
     refused = [n for n in names if not n.startswith(_BYSTANDERS) and n not in _BYSTANDER_NAMES]
     if refused:
         raise CheckpointError(
-            f"{path} is refused: it asks to run {weight_names.summary(refused)}, which weights never need; "
+            f"{path} is refused: it asks to run {key_names.summary(refused)}, which weights never need; "
             "nothing of it was run. Get the model as .safetensors"
         )
     return names

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm.inference import weight_names
-from ldm.inference.diffusers_config import UNET_CLASS, VAE_CLASSES, is_open_clip, is_pipeline, read_json
-from ldm.inference.diffusers_names import CLIP, DEPTH, NORMALIZER, OPEN_CLIP, UNET, VAE, VISION, Recipe, shape_of, to_ours
-from ldm.inference.weight_files import Header, TensorInfo, read_header, read_tensors
+from ldm.inference.weights import key_names
+from ldm.inference.weights.diffusers_config import UNET_CLASS, VAE_CLASSES, is_open_clip, is_pipeline, read_json
+from ldm.inference.weights.diffusers_names import CLIP, DEPTH, NORMALIZER, OPEN_CLIP, UNET, VAE, VISION, Recipe, shape_of, to_ours
+from ldm.inference.weights.files import Header, TensorInfo, read_header, read_tensors
 from ldm.util import CheckpointError
 
 if TYPE_CHECKING:
@@ -101,14 +101,14 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} names no shards beside it" + (f", but {foreign[0]}" if foreign else ""))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise CheckpointError(f"{index.parent} lacks {weight_names.summary(missing)}, which {index.name} names: fetch or copy it again")
+        raise CheckpointError(f"{index.parent} lacks {key_names.summary(missing)}, which {index.name} names: fetch or copy it again")
     return [index.parent / name for name in names]
 
 
 def _needed_files(part: Part) -> list[Path]:
     files = weight_files(part.path)
     if not files:
-        there = weight_names.summary([path.name for path in part.path.iterdir()]) or "nothing"
+        there = key_names.summary([path.name for path in part.path.iterdir()]) or "nothing"
         raise CheckpointError(f"{part.path} has no weights that are known here; it has {there}")
     return files
 
@@ -140,7 +140,7 @@ def _walk(
             yield from averaged.items()
             continue
         yield from _part(part, trained, read, make)
-        shadows = weight_names.shadows([name.removeprefix("model.") for name in averaged], "model_ema.", "")
+        shadows = key_names.shadows([name.removeprefix("model.") for name in averaged], "model_ema.", "")
         yield from ((shadows[name.removeprefix("model.")], value) for name, value in averaged.items())
     if (folder / REST).is_file():
         yield from ((name, value) for name, value in read(folder / REST).items() if name != NOTHING)
@@ -158,7 +158,7 @@ def _part(
         raise CheckpointError(f"{part.path}: {error}") from None
     for name, recipe in table.items():
         if lacking := [source for source in recipe.sources if source not in tensors]:
-            raise CheckpointError(f"{part.path} lacks {weight_names.summary(lacking)}: fetch or copy it again")
+            raise CheckpointError(f"{part.path} lacks {key_names.summary(lacking)}: fetch or copy it again")
         yield part.prefix + name, make(recipe, tensors)
 
 

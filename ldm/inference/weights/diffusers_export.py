@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.inference import diffusers_depth, weight_names
 from ldm.inference.checkpoint import save_weights
-from ldm.inference.diffusers_config import Json
-from ldm.inference.diffusers_folder import NOTHING, REST, apply_recipe
-from ldm.inference.diffusers_names import CLIP, DEPTH, OPEN_CLIP, UNET, VAE, VISION, to_theirs
-from ldm.inference.diffusers_settings import VERSION, scheduler_json, text_json, unet_json, vae_json, vision_json
 from ldm.inference.facts import read_facts
-from ldm.inference.families import EMBEDDED_CONFIG, config_prediction
+from ldm.inference.weights import diffusers_depth, key_names
+from ldm.inference.weights.diffusers_config import Json
+from ldm.inference.weights.diffusers_folder import NOTHING, REST, apply_recipe
+from ldm.inference.weights.diffusers_names import CLIP, DEPTH, OPEN_CLIP, UNET, VAE, VISION, to_theirs
+from ldm.inference.weights.diffusers_settings import VERSION, scheduler_json, text_json, unet_json, vae_json, vision_json
+from ldm.inference.weights.families import EMBEDDED_CONFIG, config_prediction
 from ldm.modules.encoders.image import CLIP_MEAN, CLIP_STD
 from ldm.modules.encoders.tokenizers import CONTEXT_LENGTH, END, START, clip_bpe
 from ldm.util import ConfigError, UserError, instantiate_from_config
@@ -51,7 +51,7 @@ def write_folder(state: Mapping[str, Tensor], config: Json, target: Path, metada
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        _Writer({weight_names.published(name): value for name, value in state.items()}, config, temporary).write(metadata or {})
+        _Writer({key_names.published(name): value for name, value in state.items()}, config, temporary).write(metadata or {})
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -107,7 +107,7 @@ class _Writer:
         if self.sgm and "num_class_embeds" not in settings:
             settings["addition_time_embed_dim"] = self._size_channels()
         trained = self._take(_UNET)
-        shadows = {name: weight_names.shadows([name], "model_ema.", "model.")[name] for name in trained}
+        shadows = {name: key_names.shadows([name], "model_ema.", "model.")[name] for name in trained}
         averaged = {name: self.rest.pop(shadow) for name, shadow in shadows.items() if shadow in self.rest}
         drawing = {name.removeprefix(_UNET): averaged.get(name, value) for name, value in trained.items()}
         self._weights("unet", UNET, drawing, "", label=label)
@@ -270,7 +270,7 @@ def _unused(taken: Mapping[str, Tensor], params: Json) -> dict[str, Tensor]:
     if params.get("layer", "last") == "penultimate":
         layers = read_arch(params.get("arch", "ViT-H-14"))[1]["text_cfg"].get("layers", 12)
         blocks = int(any(name.startswith(f"transformer.resblocks.{layers - 1}.") for name in taken))
-    names = weight_names.unused_in_tower([f"model.{name}" for name in taken], blocks, projection=True)
+    names = key_names.unused_in_tower([f"model.{name}" for name in taken], blocks, projection=True)
     return {name: value for name, value in taken.items() if f"model.{name}" in names}
 
 

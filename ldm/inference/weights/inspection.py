@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ldm.inference.anatomy import Anatomy
 from ldm.inference.facts import REPO
-from ldm.inference.families import EMBEDDED_CONFIG, Found, identify
+from ldm.inference.weights.anatomy import Anatomy
+from ldm.inference.weights.families import EMBEDDED_CONFIG, Found, identify
 
 _CONDITIONS = {
     "clip": "CLIP text encoder",

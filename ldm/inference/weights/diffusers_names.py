@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ldm.inference import diffusers_depth
+from ldm.inference.weights import diffusers_depth
 from ldm.util import CheckpointError
 
 # Kinds of parts; the last is the statistics of Stable unCLIP's image embeddings.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.inference.checkpoint import read_state_dict, save_weights
 from ldm.inference.facts import read_config
-from ldm.inference.families import EMBEDDED_CONFIG, Found, config_prediction, known_family, resolve_model
+from ldm.inference.weights.families import EMBEDDED_CONFIG, Found, config_prediction, known_family, resolve_model
 from ldm.util import UserError
 
 # ModelSpec's names (github.com/Stability-AI/ModelSpec)
@@ -86,7 +86,7 @@ def _markers(found: Found, config: Mapping[str, Any], state: Mapping[str, Tensor
 
 
 def _to_folder(source: Path, target: Path, found: Found, config: str | None, prediction: str | None) -> list[str]:
-    from ldm.inference.diffusers_export import write_folder
+    from ldm.inference.weights.diffusers_export import write_folder
 
     if source.is_dir():
         raise UserError(f"{source} is a diffusers folder already: a target that ends in .safetensors makes it a single file")

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldm.inference import weight_names
 from ldm.inference.additions import lora_spec
 from ldm.inference.checkpoint import choose_ema, read_metadata, read_state_dict, save_weights
-from ldm.inference.lora_files import gather
-from ldm.inference.prune import DTYPES
 from ldm.inference.record import weights_hash
+from ldm.inference.weights import key_names
+from ldm.inference.weights.lora_files import gather
+from ldm.inference.weights.prune import DTYPES
 from ldm.modules.lora import with_changes
 from ldm.util import UserError
 
@@ -36,9 +36,9 @@ def merge_into_file(
         raise UserError(f"{source} is a diffusers folder: make a file of it first, with scripts/convert.py {source} MODEL.safetensors")
     if not specs:
         raise UserError("nothing to merge: name files by --lora FILE[:WEIGHT]")
-    found = {weight_names.published(name): value for name, value in read_state_dict(source).items()}
+    found = {key_names.published(name): value for name, value in read_state_dict(source).items()}
     state, _ = choose_ema(found, {}, ema, source)
-    state = {name: value for name, value in state.items() if not weight_names.is_ema_state(name)}
+    state = {name: value for name, value in state.items() if not key_names.is_ema_state(name)}
     changes = gather(state, specs)
     state |= {name: with_changes(state[name], its_changes) for name, its_changes in changes.items()}
     merged = [{"file": Path(path).name, "weight": weight, "sha256": weights_hash(path)} for path, weight in specs]

@@ -14,10 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ldm.inference import anatomy, facts, weight_names
-from ldm.inference.anatomy import Anatomy
+from ldm.inference import facts
 from ldm.inference.facts import REPO, WEIGHTS_NAME, read_config
-from ldm.inference.weight_files import Header, TensorInfo, read_header
+from ldm.inference.weights import anatomy, key_names
+from ldm.inference.weights.anatomy import Anatomy
+from ldm.inference.weights.files import Header, TensorInfo, read_header
 from ldm.util import CheckpointError, ConfigError, UserError
 
 PREDICTIONS = ("eps", "v", "x0")
@@ -104,7 +105,7 @@ def identify(path: str | Path) -> Found:
     """Look at names, shapes and headers of a .safetensors, .ckpt or diffusers folder. Raises CheckpointError when it cannot be read."""
     path = Path(path)
     header, layout = _header(path)
-    tensors = {weight_names.unwrapped(name): info for name, info in header.tensors.items()}
+    tensors = {key_names.unwrapped(name): info for name, info in header.tensors.items()}
     parts = anatomy.of_tensors(tensors)
     family = _addition(tensors) or _family(parts)
     prediction = _told_prediction(path, tensors, header.metadata) or _FAMILY_PREDICTION.get(family)
@@ -118,7 +119,7 @@ def identify(path: str | Path) -> Found:
     return Found(
         family=family,
         prediction=prediction,
-        ema=any(name.startswith("model_ema.") and not weight_names.is_ema_state(name) for name in tensors),
+        ema=any(name.startswith("model_ema.") and not key_names.is_ema_state(name) for name in tensors),
         dtype=kinds.most_common(1)[0][0],
         elements=kinds.total(),
         layout="sgm" if parts.sgm and layout != "diffusers" else layout,
@@ -133,8 +134,8 @@ def identify(path: str | Path) -> Found:
 
 def _header(path: Path) -> tuple[Header, str]:
     """Header under our names, and the layout of the names in the file."""
-    from ldm.inference.diffusers_folder import folder_header
-    from ldm.inference.diffusers_names import kind_of_names, shape_of, to_ours
+    from ldm.inference.weights.diffusers_folder import folder_header
+    from ldm.inference.weights.diffusers_names import kind_of_names, shape_of, to_ours
 
     if path.is_dir():
         return folder_header(path), "diffusers"
@@ -188,7 +189,7 @@ def _lora_base(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def _scheduler(path: Path) -> dict[str, Any]:
-    from ldm.inference.diffusers_config import read_json
+    from ldm.inference.weights.diffusers_config import read_json
 
     config = path / "scheduler" / "scheduler_config.json"
     return read_json(config) if config.is_file() else {}
@@ -306,8 +307,8 @@ def _sibling(ckpt: Path) -> str | None:
 
 def _from_weights(ckpt: Path, prediction: str | None) -> str | dict[str, Any]:
     if ckpt.is_dir():
-        from ldm.inference.diffusers_config import config_from_folder, is_pipeline
-        from ldm.inference.diffusers_folder import REST
+        from ldm.inference.weights.diffusers_config import config_from_folder, is_pipeline
+        from ldm.inference.weights.diffusers_folder import REST
 
         if not is_pipeline(ckpt):
             raise UserError(f"{str(ckpt)!r} is not the folder of a whole model, which has model_index.json: name that one by --ckpt")

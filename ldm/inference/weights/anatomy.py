@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldm.inference.weight_files import TensorInfo
-from ldm.inference.weight_names import published
+from ldm.inference.weights.files import TensorInfo
+from ldm.inference.weights.key_names import published
 
 Tensors = Mapping[str, TensorInfo]
 Config = Mapping[str, Any]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ldm.inference.checkpoint import read_metadata, save_weights
-from ldm.inference.weight_files import file_kind, read_tensors
+from ldm.inference.weights.files import file_kind, read_tensors
 from ldm.modules.textual_inversion import add_word, text_encoders, token_table
 from ldm.util import CheckpointError, UserError
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldm.inference import weight_names
 from ldm.inference.checkpoint import read_metadata, save_weights
-from ldm.inference.diffusers_names import CLIP, OPEN_CLIP, UNET, Recipe, to_theirs
-from ldm.inference.weight_files import read_tensors
+from ldm.inference.weights import key_names
+from ldm.inference.weights.diffusers_names import CLIP, OPEN_CLIP, UNET, Recipe, to_theirs
+from ldm.inference.weights.files import read_tensors
 from ldm.modules import lora
 from ldm.modules.lora import Change, LowRank
 from ldm.util import CheckpointError
@@ -161,10 +161,10 @@ def read_lora(path: str | Path) -> dict[str, LowRank]:
     if others:
         kinds = sorted({kind for mark, kind in _OTHER_KINDS.items() if any(mark in name for name in others)})
         what = f"{', '.join(kinds)} is not supported" if kinds else "no layer of a LoRA is called that"
-        raise CheckpointError(f"{file} has {weight_names.summary(others)}: {what}; a LoRA with only up, down, mid and alpha is needed")
+        raise CheckpointError(f"{file} has {key_names.summary(others)}: {what}; a LoRA with only up, down, mid and alpha is needed")
     broken = [one for one, found in factors.items() if not {"up", "down"} <= set(found)]
     if broken:
-        raise CheckpointError(f"{file} is incomplete: {weight_names.summary(broken)} has no up and down; fetch or copy it again")
+        raise CheckpointError(f"{file} is incomplete: {key_names.summary(broken)} has no up and down; fetch or copy it again")
     alphas = _alphas(file)
     return {one: _low_rank(file, one, found, alphas) for one, found in factors.items()}
 
@@ -236,11 +236,11 @@ def fit(layout: Layout, shapes: Mapping[str, Sequence[int]], path: str | Path, w
 
 
 def _refusal(path: str | Path, lost: list[str], wrong: list[str], fitting: int) -> str:
-    from ldm.inference.families import identify
+    from ldm.inference.weights.families import identify
 
     base = identify(_file_of(Path(path))).base
-    problems = [f"{len(lost)} layers that fit nothing in this model: {weight_names.summary(lost)}"] if lost else []
-    problems += [f"{len(wrong)} layers of another shape: {weight_names.summary(wrong)}"] if wrong else []
+    problems = [f"{len(lost)} layers that fit nothing in this model: {key_names.summary(lost)}"] if lost else []
+    problems += [f"{len(wrong)} layers of another shape: {key_names.summary(wrong)}"] if wrong else []
     cure = f"it was made for {base}: draw with such a model" if base else "draw with the model that it was made for"
     return f"{path} has {' and '.join(problems)} ({fitting} layers fit); {cure}"
 
@@ -259,7 +259,7 @@ def gather(weights: Mapping[str, Tensor], loras: Sequence[tuple[str | Path, floa
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of a model under their published names."""
-    return {weight_names.published(name): value for name, value in model.named_parameters()}
+    return {key_names.published(name): value for name, value in model.named_parameters()}
 
 
 def merge_loras(model: nn.Module, loras: Sequence[tuple[str | Path, float]]) -> None:
