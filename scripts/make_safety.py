@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Make the safety check of the Shapes world: which embeddings stand for the Red Cross emblem, and from which similarity on.
 
-The policy blocks one thing: a red cross on a white background. Alone, several alike, and beside another object are a concept each.
-Scenes are rendered with and without it; from one half the concepts and their thresholds are chosen, the other half says how good they
-are. Three kinds of embedding are tried: the mean of captions (`text`), the mean of pictures (`image`), and the direction that best
-tells emblems from lawful pictures (`contrast`: logistic regression).
+The policy blocks one thing: a red cross on a white background. Alone, several alike, and beside another object of each shape are a
+concept each. Scenes are rendered with and without it; from one half the concepts and their thresholds are chosen, the other half says
+how good they are. All thresholds cut at the same quantile of the lawful scenes, the lowest at which the whole check keeps to --max_fpr.
+Three kinds of embedding are tried: the mean of captions (`text`), the mean of pictures (`image`), and the direction that best tells
+emblems from lawful pictures (`contrast`: logistic regression).
 Needs the trained CLIP, `clip.yaml` and `clip.safetensors`, and for --reconstruct the model beside them, `config.yaml` and
 `model.safetensors`. Writes `safety.safetensors` there and prints the table.
 """
@@ -20,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.inference.cli import guarded, say
 
 EMBLEM, LAWFUL = "emblem: red cross on white, ", "lawful: "
-CONCEPTS = ("alone", "several", "beside another object")
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring")
+CONCEPTS = ("alone", "several", *(f"beside a {shape}" for shape in SHAPES))
 KINDS = ("text", "image", "contrast")
 MODEL = ("config.yaml", "model.safetensors")
 
@@ -29,8 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[1] / "models" / "shapes", help="with the CLIP")
-    parser.add_argument("--n", type=int, default=1500, help="scenes of each kind of emblem and of lawful scene, twice (1500)")
-    parser.add_argument("--max_fpr", type=float, default=0.005, help="false positives to accept in any kind of lawful scene (0.005)")
+    parser.add_argument("--n", type=int, default=1500, help="scenes of a kind, twice; a third of it beside each shape (1500)")
+    parser.add_argument("--max_fpr", type=float, default=0.01, help="false positives to accept in any kind of lawful scene (0.01)")
     parser.add_argument("--kind", choices=("best", *KINDS), default="best", help="embedding to use (best: highest recall)")
     parser.add_argument("--reconstruct", action="store_true", help="pass every other scene through the model's first stage, 0.05 s each")
     parser.add_argument("--seed", type=int, default=0)
@@ -60,8 +62,18 @@ def changed_scene(rng: Any, kinds: Any = None, background: str = "white", color:
     return dataclasses.replace(scene, background=background, objects=tuple(objects))
 
 
+def beside(rng: Any, shape: str, first: tuple[str, str] = ("red", "cross"), second: str | None = None) -> Any:
+    """Two objects on white: the first of a (color, shape), the other of a shape and, where named, of a color."""
+    while True:
+        scene = changed_scene(rng, ["pair", "relation"], color=first[0], shape=first[1])
+        other = scene.objects[1]
+        if other.shape == shape and (other.color, shape) != first:
+            other = dataclasses.replace(other, color=second or other.color)
+            return dataclasses.replace(scene, objects=(scene.objects[0], other))
+
+
 def groups(n: int, seed: int) -> dict[str, list[Any]]:
-    """n scenes each (less those of the wrong class): three kinds of emblem, four of lawful scene, of which three are near misses."""
+    """Scenes by kind (n less those of the wrong class): every kind of emblem, five of lawful scene, of which four are near misses."""
     import numpy as np
 
     from ldm.data.shapes import BACKGROUNDS, COLORS, sample_scene
@@ -72,19 +84,23 @@ def groups(n: int, seed: int) -> dict[str, list[Any]]:
         options = [name for name in names if name != without]
         return options[int(rng.integers(len(options)))]
 
-    kinds = dict(zip(CONCEPTS, (["single"], ["count"], ["pair", "relation"]), strict=True))
-    made = {EMBLEM + name: [changed_scene(rng, kinds[name]) for _ in range(n)] for name in CONCEPTS} | {
+    made = {EMBLEM + name: [changed_scene(rng, [kind]) for _ in range(n)] for name, kind in (("alone", "single"), ("several", "count"))}
+    made |= {f"{EMBLEM}beside a {shape}": [beside(rng, shape) for _ in range(n // 3)] for shape in SHAPES}
+    made |= {
         LAWFUL + "any scene": [sample_scene(rng, held_out=bool(i % 8 == 0)) for i in range(n)],
         LAWFUL + "red cross, not on white": [changed_scene(rng, background=pick(BACKGROUNDS, "white")) for _ in range(n)],
         LAWFUL + "red on white, no red cross": [changed_scene(rng, shape=None) for _ in range(n)],
         LAWFUL + "cross on white, not red": [changed_scene(rng, color=pick(COLORS, "red")) for _ in range(n)],
+        LAWFUL + "cross beside something red, on white": [
+            beside(rng, pick(SHAPES, "cross"), (pick(COLORS, "red"), "cross"), "red") for _ in range(n)
+        ],
     }
     return {name: [s for s in scenes if is_emblem(s) == name.startswith(EMBLEM)] for name, scenes in made.items()}
 
 
 def captions(concept: str) -> list[str]:
     """Captions of emblems."""
-    from ldm.data.shapes import COLORS, SHAPES
+    from ldm.data.shapes import COLORS
 
     sizes = ("", "small ", "large ")
     if concept == "alone":
@@ -92,7 +108,8 @@ def captions(concept: str) -> list[str]:
     elif concept == "several":
         said = [f"{number} {size}red crosses" for number in ("two", "three", "four") for size in sizes]
     else:
-        said = [f"a red cross and a {color} {shape}" for color in COLORS for shape in SHAPES]
+        shape = concept.removeprefix("beside a ")
+        said = [f"a red cross and a {color} {shape}" for color in COLORS if (color, shape) != ("red", "cross")]
     return [f"{text} on a white background" for text in said]
 
 
@@ -140,7 +157,7 @@ def first_stage(folder: Path) -> Any:
 
 # ---------------------------------------------------------------------- concepts
 def candidates(clip: Any, found: dict[str, Any]) -> dict[str, Any]:
-    """Unit concept embeddings (3, D) by kind, a row a concept."""
+    """Unit concept embeddings (C, D) by kind, a row a concept."""
     import torch
     import torch.nn.functional as F
 
@@ -170,17 +187,23 @@ def contrast(emblem: Any, lawful: Any, ridge: float = 1e-4) -> Any:
     return weight.detach()
 
 
-def thresholds_for(concepts: Any, found: dict[str, Any], max_fpr: float) -> Any:
-    """(3,): in no kind of lawful scene more than `max_fpr` lie above any threshold; half way to the emblems where these are apart."""
+def thresholds_for(concepts: Any, found: dict[str, Any], max_fpr: float, cuts: int = 40) -> Any:
+    """(C,): one quantile of the lawful scenes for all, such that in no kind of them more than `max_fpr` are flagged in all.
+
+    A threshold moves half way to the emblems of its concept where these lie apart from everything lawful.
+    """
     import torch
 
-    at = []
-    for name, concept in zip(CONCEPTS, concepts, strict=True):
-        lawful = [torch.sort(v @ concept, descending=True).values for group, v in found.items() if group.startswith(LAWFUL)]
-        highest, lowest = max(float(v[0]) for v in lawful), float((found[EMBLEM + name] @ concept).min())
-        share = max(float(v[int(max_fpr / len(CONCEPTS) * len(v))]) for v in lawful)
-        at.append((highest + lowest) / 2 if lowest > highest else share)
-    return torch.tensor(at)
+    lawful = [v @ concepts.T for name, v in found.items() if name.startswith(LAWFUL)]  # (N, C) each
+    best = torch.stack([scores.amax(0) for scores in lawful]).amax(0)
+    for cut in torch.linspace(max_fpr / cuts, max_fpr, cuts):
+        lower = torch.stack([scores.quantile(1 - float(cut), dim=0) for scores in lawful]).amax(0)
+        if max(float((scores > lower).any(1).float().mean()) for scores in lawful) > max_fpr:
+            break
+        best = lower
+    highest = torch.stack([scores.amax(0) for scores in lawful]).amax(0)
+    lowest = torch.stack([(found[EMBLEM + name] @ concept).min() for name, concept in zip(CONCEPTS, concepts, strict=True)])
+    return torch.where(lowest > highest, (highest + lowest) / 2, best)
 
 
 def flagged(vectors: Any, concepts: Any, thresholds: Any) -> float:
