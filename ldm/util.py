@@ -193,7 +193,10 @@ def instantiate_from_config(config: Any, **overrides: Any) -> Any:
         shown = sorted(config) if isinstance(config, Mapping) else repr(config)
         raise ConfigError(f"a config needs the key 'target' (the class to build) and optionally 'params'; this one has {shown}")
     cls = get_obj_from_str(config["target"])
-    params = {**(config.get("params") or {}), **overrides}
+    given = config.get("params") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{config['target']}: params must be a mapping of names to values, not {given!r}")
+    params = {**given, **overrides}
     try:
         inspect.signature(cls).bind(**params)
     except TypeError as error:

@@ -46,7 +46,9 @@ def cached(config: dict[str, Any], split: str, options: argparse.Namespace) -> d
         raise ConfigError(f"the config has no data.params.{split}: choose others with --splits")
     if entry.get("target") == CACHED:
         return entry
-    model = config["model"]["params"]
+    model = (config.get("model") or {}).get("params") or {}
+    if not isinstance(model.get("first_stage_config"), dict):
+        raise ConfigError("the config's model has no first stage to encode with (model.params.first_stage_config)")
     params = {
         "dataset": entry,
         "first_stage": model["first_stage_config"],
@@ -62,6 +64,8 @@ def cached(config: dict[str, Any], split: str, options: argparse.Namespace) -> d
     if options.text:
         if model.get("cond_stage_trainable"):
             raise ConfigError("--text: this config trains its text encoder (cond_stage_trainable), so embeddings would not stay right")
+        if not isinstance(model.get("cond_stage_config"), dict):
+            raise ConfigError("--text: the config's model has no text encoder (model.params.cond_stage_config)")
         params |= {"text_encoder": model["cond_stage_config"], "caption_key": model.get("cond_stage_key", "caption")}
     return {"target": CACHED, "params": params}
 

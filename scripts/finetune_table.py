@@ -4,7 +4,8 @@
 For each method the config `configs/finetune/METHOD-shapes.yaml` is trained as it stands, on eight pictures of the combination; then
 the same prompts are drawn as before it, through the steps of `scripts/txt2img.py`, and read back by the oracle: prompts with the
 combination alone and beside another object, and prompts of the training world, which must not be forgotten. Writes `table.md` and
-`results.json` into --outdir, and with --docs the table into docs/finetuning.md. What is there of an earlier run is used again.
+`results.json` into --outdir, and with --docs the table into docs/finetuning.md. What is there of an earlier run with the same settings
+is used again: trainings that are finished, and counts.
 """
 
 import argparse
@@ -67,8 +68,11 @@ def prompts_of(color: str, shape: str, n: int) -> dict[str, list[Any]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
-def draw(records: Sequence[Any], flags: Sequence[str], word: tuple[str, str] | None) -> list[bool]:
-    """Whether each prompt's picture is right. `word`: (name, the learnt word to say in its place)."""
+def draw(records: Sequence[Any], flags: Sequence[str], look: tuple[str, str], word: tuple[str, str] | None) -> list[tuple[bool, bool]]:
+    """Whether each prompt's picture is right, and whether it shows an object of this color and shape; says how far it is.
+
+    word: (name, the learnt word to say in its place).
+    """
     import dataclasses
 
     from ldm.inference.args import parse
@@ -78,17 +82,23 @@ def draw(records: Sequence[Any], flags: Sequence[str], word: tuple[str, str] | N
     texts = [r.prompt.replace(*word) if word else r.prompt for r in records]
     options = parse("txt2img", ["--prompt", texts[0], "--safety", "off", "--watermark", "none", "--n_samples", "8", *flags])
     session = Session(dataclasses.replace(options, prompts=texts, n_iter=1))
-    pictures = [picture for batch in session.batches() for picture in session.pictures(batch)]
-    return [judge(picture.image, record.spec).correct for picture, record in zip(pictures, records, strict=True)]
-
-
-def count(groups: dict[str, list[Any]], flags: Sequence[str], word: tuple[str, str] | None = None) -> dict[str, int]:
-    """Right pictures by group."""
-    records = [record for group in groups.values() for record in group]
-    right, found = iter(draw(records, flags, word)), {}
-    for name, group in groups.items():
-        found[name] = sum(next(right) for _ in group)
+    found: list[tuple[bool, bool]] = []
+    for number, batch in enumerate(session.batches(), 1):
+        pictures = session.pictures(batch)
+        for picture in pictures:
+            verdict = judge(picture.image, records[len(found)].spec)
+            found.append((verdict.correct, look in {(o.color, o.shape) for o in verdict.reading.objects}))
+        if number % 4 == 0 or len(found) == len(records):
+            say(f"  drawn {len(found)} of {len(records)}, {sum(right for right, _ in found)} right")
     return found
+
+
+def count(groups: dict[str, list[Any]], flags: Sequence[str], look: tuple[str, str], word: tuple[str, str] | None = None) -> dict[str, int]:
+    """Right pictures by group, and as `shown` those that show the combination where it is asked for."""
+    drawn = iter(draw([record for group in groups.values() for record in group], flags, look, word))
+    verdicts = {name: [next(drawn) for _ in group] for name, group in groups.items()}
+    found = {name: sum(right for right, _ in group) for name, group in verdicts.items()}
+    return {**found, "shown": sum(shown for name in ("alone", "beside") for _, shown in verdicts[name])}
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -97,9 +107,12 @@ def train(method: str, args: argparse.Namespace, folder: Path) -> tuple[Path, fl
     from ldm.training.cli import main
     from ldm.util import UserError
 
-    done = folder / "seconds"
+    done, settings = folder / "done.json", settings_of(args)
     if done.is_file():
-        return next(folder.glob("*_run*")), float(done.read_text())
+        found = json.loads(done.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise UserError(f"{folder} holds a training from other weights or settings: remove it, or choose another --outdir")
+        return next(folder.glob("*_run*")), found["seconds"]
     color, shape = args.combination
     data = "data.params.train.params" + (".instance.params" if method == "dreambooth" else "")
     words = [f"ckpt={args.ckpt}", f"{data}.color={color}", f"{data}.shape={shape}", *args.overrides]
@@ -112,8 +125,17 @@ def train(method: str, args: argparse.Namespace, folder: Path) -> tuple[Path, fl
     code = main(["--base", f"configs/finetune/{method}-shapes.yaml", "-t", "-n", "run", "-l", str(folder), *words])
     if code:
         raise UserError(f"the training of {method} ended with exit code {code}")
-    done.write_text(f"{time.perf_counter() - began:.0f}\n", encoding="utf-8")
-    return next(folder.glob("*_run*")), float(done.read_text())
+    seconds = time.perf_counter() - began
+    done.write_text(json.dumps({"seconds": seconds, "settings": settings}), encoding="utf-8")
+    return next(folder.glob("*_run*")), seconds
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a training depends on beside its config; weights count by content."""
+    from ldm.data.store import file_digest
+
+    weights = file_digest(Path(args.ckpt)).hex()[:16]
+    return {"combination": list(args.combination), "steps": args.steps, "set": list(args.overrides), "weights": weights}
 
 
 def result_of(method: str, run: Path) -> Path:
@@ -139,21 +161,26 @@ def table(results: dict[str, Any], args: argparse.Namespace) -> str:
     """Markdown."""
     name = " ".join(results["combination"])
     lines = [
-        f"| method | {name}, alone | beside another object | training world | values trained | file | time |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| method | a {name} is shown | alone, all right | beside another object, all right | training world "
+        "| values trained | file | time |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    share = "{:.0%}"
-    before = results["before"]
-    cells = [share.format(before[group] / results["n"]) for group in ("alone", "beside", "others")]
-    lines.append(f"| none (before) | {' | '.join(cells)} | | | |")
+
+    def shares(found: dict[str, int]) -> str:
+        of = {"shown": 2 * results["n"], **dict.fromkeys(("alone", "beside", "others"), results["n"])}
+        return " | ".join(f"{found[group] / total:.0%}" for group, total in of.items())
+
+    lines.append(f"| none (before) | {shares(results['before'])} | | | |")
     for method, found in results["methods"].items():
-        cells = [share.format(found[group] / results["n"]) for group in ("alone", "beside", "others")]
         size = f"{found['bytes'] / 2**10:.0f} KiB" if found["bytes"] < 2**20 else f"{found['bytes'] / 2**20:.0f} MiB"
-        lines.append(f"| {METHODS[method]} | {' | '.join(cells)} | {found['values']:,} | {size} | {found['seconds'] / 60:.0f} min |")
+        lines.append(f"| {METHODS[method]} | {shares(found)} | {found['values']:,} | {size} | {found['seconds'] / 60:.0f} min |")
     lines.append("")
     drawing = " ".join(results["draw"]) or "default flags"
     steps = ", ".join(f"{METHODS[method]} {found['steps']}" for method, found in results["methods"].items())
-    lines.append(f"{results['n']} prompts a cell; eight pictures; updates: {steps}; drawn with {drawing}.")
+    lines.append(
+        f"{results['n']} prompts of each kind, and the same seeds in each row. *Shown*: some object of the picture has color and shape; "
+        f"*all right*: background, sizes, places and counts, too. Eight pictures to learn from; updates: {steps}; drawn with {drawing}."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -165,6 +192,21 @@ def trained_values(run: Path) -> tuple[int, int]:
     return sum(entry["exp_avg"].numel() for entry in state["optimizer_states"][0]["state"].values()), state["global_step"]
 
 
+def earlier(args: argparse.Namespace) -> dict[str, Any]:
+    """What an earlier run of the same settings has counted, without methods that are not asked for."""
+    fresh: dict[str, Any] = {**settings_of(args), "n": args.n, "draw": list(args.draw), "methods": {}}
+    path = args.outdir / "results.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any(found.get(key) != value for key, value in fresh.items() if key != "methods"):
+        return fresh
+    return {**found, "methods": {name: counts for name, counts in found["methods"].items() if name in args.methods}}
+
+
+def save(results: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write what is counted so far."""
+    (args.outdir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
 def run(args: argparse.Namespace) -> None:
     """Count, train, count again, write."""
     from ldm.util import UserError
@@ -174,19 +216,25 @@ def run(args: argparse.Namespace) -> None:
     color, shape = args.combination
     groups = prompts_of(color, shape, args.n)
     args.outdir.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"combination": [color, shape], "n": args.n, "draw": args.draw, "methods": {}}
-    results["before"] = count(groups, [*flags_with("", SHIPPED, args.ckpt), *args.draw])
+    results = earlier(args)
+    if "before" not in results:
+        say(f"before: drawing {3 * args.n} pictures")
+        results["before"] = count(groups, [*flags_with("", SHIPPED, args.ckpt), *args.draw], (color, shape))
+        save(results, args)
     say(f"before: {results['before']} of {args.n}")
     for method in args.methods:
+        if method in results["methods"]:
+            continue
+        say(f"{METHODS[method]}: training")
         folder, seconds = train(method, args, args.outdir / method)
         result = result_of(method, folder)
         word = (f"{color} {shape}", WORD) if method == "textual_inversion" else None
-        found: dict[str, Any] = count(groups, [*flags_with(method, result, args.ckpt), *args.draw], word)
+        found: dict[str, Any] = count(groups, [*flags_with(method, result, args.ckpt), *args.draw], (color, shape), word)
         say(f"{METHODS[method]}: {found} of {args.n}")
         found["values"], found["steps"] = trained_values(folder)
         found |= {"bytes": result.stat().st_size, "seconds": seconds}
         results["methods"][method] = found
-        (args.outdir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        save(results, args)
     text = table(results, args)
     (args.outdir / "table.md").write_text(text, encoding="utf-8")
     if args.docs:

@@ -102,6 +102,13 @@ The names are those of `--sampler`; `{fast}` is the {about}.
 
 ![error against model calls](samplers.png)
 
+## Zero terminal SNR
+
+Models of v or x0 that were trained down to pure noise are drawn with `--spacing trailing`, which starts there (so does every grid but
+uniform, quad and leading): each sampler takes its first step from the predicted x0. The published grid of `ddim` and `plms`, uniform,
+leaves that timestep out. What a model of eps says at pure noise determines no x0, so it is refused there; with `--spacing leading`,
+which leaves the timestep out, all samplers draw with it.
+
 ## Distance from the exact flow
 
 Mixtures of Gaussians with their exact score, on Stable Diffusion's noise schedule: {problems}. Median root mean square distance of samples

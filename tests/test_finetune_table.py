@@ -43,9 +43,10 @@ def test_the_groups_of_prompts(script):
 def test_from_training_to_the_page(script, tmp_path, monkeypatch, capsys):
     drawn: list[tuple[list[str], Any]] = []
 
-    def draw(records, flags, word):
+    def draw(records, flags, look, word):
+        assert look == ("purple", "heart")
         drawn.append((list(flags), word))
-        return [len(drawn) > 1] * len(records)
+        return [(len(drawn) > 1, i == 0 or len(drawn) > 1) for i in range(len(records))]
 
     def train(method, args, folder):
         folder.mkdir()
@@ -59,9 +60,9 @@ def test_from_training_to_the_page(script, tmp_path, monkeypatch, capsys):
     args = script.build_parser().parse_args(["--n", "2", "--outdir", str(tmp_path / "out"), "--docs", "--draw", "--steps", "9"])
     script.run(args)
     page = (tmp_path / "docs" / "finetuning.md").read_text()
-    assert page.startswith("before\n<!-- table -->\n| method | purple heart, alone |") and page.endswith("<!-- /table -->\nafter\n")
-    assert "old" not in page and "| none (before) | 0% | 0% | 0% | | | |" in page
-    assert "| LoRA | 100% | 100% | 100% | 1,234 | 2 KiB | 2 min |" in page and "drawn with --steps 9" in page
+    assert page.startswith("before\n<!-- table -->\n| method | a purple heart is shown |") and page.endswith("<!-- /table -->\nafter\n")
+    assert "old" not in page and "| none (before) | 25% | 0% | 0% | 0% | | | |" in page
+    assert "| LoRA | 100% | 100% | 100% | 100% | 1,234 | 2 KiB | 2 min |" in page and "drawn with --steps 9" in page
     assert (tmp_path / "out" / "table.md").read_text() in page
     assert json.loads((tmp_path / "out" / "results.json").read_text())["methods"]["dreambooth"]["others"] == 2
     model = ["--config", str(script.CONFIG), "--ckpt"]
@@ -70,6 +71,21 @@ def test_from_training_to_the_page(script, tmp_path, monkeypatch, capsys):
     assert drawn[2][1] == ("purple heart", "<mine>") and drawn[1][1] is None
     assert drawn[3][0][:4] == [*model, str(tmp_path / "out" / "dreambooth" / "model.safetensors")]
     assert "written: " in capsys.readouterr().out
+
+    script.run(args)  # counted already
+    assert len(drawn) == 4
+    script.run(script.build_parser().parse_args(["--n", "3", "--outdir", str(tmp_path / "again")]))
+    assert len(drawn) == 8
+
+
+def test_a_training_of_other_settings_is_not_used(script, tmp_path):
+    parse = script.build_parser().parse_args
+    args, folder = parse(["--outdir", str(tmp_path)]), tmp_path / "lora"
+    (folder / "now_run").mkdir(parents=True)
+    (folder / "done.json").write_text(json.dumps({"seconds": 90.0, "settings": script.settings_of(args)}))
+    assert script.train("lora", args, folder) == (folder / "now_run", 90.0)
+    with pytest.raises(UserError, match="from other weights or settings"):
+        script.train("lora", parse(["--steps", "7"]), folder)
 
 
 def test_a_run_that_did_not_finish_is_left_alone(script, tmp_path):

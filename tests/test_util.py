@@ -98,6 +98,8 @@ def test_trust_wants_an_import_name(name):
 def test_errors_say_what_is_wrong():
     with pytest.raises(ConfigError, match="did you mean UNetModel"):
         get_obj_from_str("ldm.modules.diffusionmodules.openaimodel.UnetModel")
+    with pytest.raises(ConfigError, match=r"torch.nn.Identity: params must be a mapping of names to values, not \[1\]"):
+        instantiate_from_config({"target": "torch.nn.Identity", "params": [1]})
     with pytest.raises(ConfigError, match="needs the key 'target'"):
         instantiate_from_config({"params": {}})
     with pytest.raises(ConfigError, match="colour"):

@@ -35,7 +35,7 @@ class HuggingFaceDataset(CaptionedPictures):
     ) -> None:
         check_options(type(self).__name__, CaptionedPictures, options, HuggingFaceDataset)
         self.path = need_folder(type(self).__name__, data_path(path), "path", "a data set made by save_to_disk")
-        self.table = _open(self.path, split)
+        self.table = _open(self.path, split)  # as it is; pictures and texts are read apart, for neither needs the other
         columns = self.table.column_names
         if caption_column is None:
             caption_column = next((name for name in CAPTION_COLUMNS if name in columns), None)
@@ -45,7 +45,8 @@ class HuggingFaceDataset(CaptionedPictures):
         wanted = [name for name in (image_column, caption_column, label_column) if name]
         if lost := [name for name in wanted if name not in columns]:
             raise ConfigError(f"{path} has no column {', '.join(lost)}; it has {', '.join(columns)}")
-        self.table = self.table.select_columns(wanted).cast_column(image_column, _undecoded())
+        self.pictures = self.table.select_columns([image_column]).cast_column(image_column, _undecoded())
+        self.texts = self.table.select_columns([name for name in (caption_column, label_column) if name])
         super().__init__(size, **options)
 
     def __len__(self) -> int:
@@ -53,7 +54,7 @@ class HuggingFaceDataset(CaptionedPictures):
 
     def _file(self, i: int) -> Any:
         """Picture i as a binary file or a path."""
-        value = self.table[i][self.image_column]
+        value = self.pictures[i][self.image_column]
         if not value or not (value.get("bytes") or value.get("path")):
             raise UserError(f"row {i} of {self.path} has no picture in the column {self.image_column!r}")
         return io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]
@@ -71,7 +72,7 @@ class HuggingFaceDataset(CaptionedPictures):
 
     def facts(self, i: int) -> Mapping[str, Any]:
         """Caption and class of row i."""
-        row = self.table.select_columns([name for name in (self.caption_column, self.label_column) if name])[i]
+        row = self.texts[i]
         facts: dict[str, Any] = {}
         if self.caption_column:
             said = row[self.caption_column]

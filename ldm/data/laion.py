@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ldm.data import masks
 from ldm.data.datamodule import DataModuleFromConfig
 from ldm.util import ConfigError, plain
 
 _TARGET = "ldm.data.webdataset.ShardDataset"
 _SPLITS = ("train", "validation", "test")
+_AREAS = {"train": (0.05, 0.5), "train-large": (0.1, 0.7), "narrow": (0.01, 0.2)}  # shares of the picture
+_SIDES = ("256", "512", "768")
 
 
 class WebDataModuleFromConfig(DataModuleFromConfig):
@@ -76,3 +79,24 @@ def _shards_config(split: Mapping[str, Any], tar_base: str | None, limits: Mappi
     if "size" in params or "buckets" in params:
         del usual["image_transforms"]
     return {"target": _TARGET, "params": {"shards": names, **usual, **params}}
+
+
+class AddMask(masks.AddMask):
+    """`mask` and `masked_image` as Stable Diffusion 2's inpainting config asks for them, beside the picture `jpg`.
+
+    The mode stands for how much is masked. The masks are those of `ldm.data.masks`, not draw for draw the original's.
+    """
+
+    def __init__(
+        self,
+        mode: str = "512train",  # side (of no effect: masks are drawn in shares of the picture) and train, train-large or narrow
+        p_drop: float = 0.0,  # share of pictures that are masked whole
+        image_key: str = "jpg",
+    ) -> None:
+        known = {side + kind: area for side in _SIDES for kind, area in _AREAS.items()}
+        if mode not in known:
+            raise ConfigError(f"AddMask: mode {mode!r} is unknown; it is one of {', '.join(known)}")
+        if not 0 <= p_drop <= 1:
+            raise ConfigError(f"AddMask: p_drop {p_drop} is not a share between 0 and 1")
+        kinds = {"strokes": (1 - p_drop) / 2, "boxes": (1 - p_drop) / 2, "whole": p_drop}
+        super().__init__(kinds, known[mode], image_key)

@@ -31,8 +31,9 @@ class CachedLatents(Dataset):
     """Item i is {"z": float32 (C, h, w), "caption": str, ...}: the first stage's latent, not scaled, of image i of `dataset`.
 
     The latent is the mode of the posterior, kept as float16. With `text_encoder` there is also "c": float32 (L, D), the embedding of
-    the caption. What else an item has besides the image (class_label, the three sizes of SDXL) is kept with it; random crops and
-    mirrors are drawn once. A data set with `caption_for(i, epoch)` gives a new caption every epoch (`set_epoch`).
+    the caption. What the data set tells without the picture (`facts`: caption, class) is asked of it each time; what else an item has
+    (the three sizes of SDXL, say) is kept with the latent; random crops and mirrors are drawn once. A data set with
+    `caption_for(i, epoch)` gives a new caption every epoch (`set_epoch`).
 
     The cache belongs to the data set's config and pictures (all of them where the data set has `content()`, else the first and the
     last) and to the first stage's config and weights: when one of these changes, a new one is made. An interrupted one is gone on
@@ -95,7 +96,7 @@ class CachedLatents(Dataset):
 
     def __getitem__(self, i: int) -> Item:
         part, row = self._place[i]
-        item: Item = {"z": torch.from_numpy(self.parts[part][row].astype(np.float32)), **_restored(self._note(i))}
+        item: Item = {"z": torch.from_numpy(self.parts[part][row].astype(np.float32)), **_restored(self._note(i)), **self._facts(i)}
         if hasattr(self.dataset, "caption_for"):
             item[self.caption_key] = self.dataset.caption_for(i, self.epoch)
         if self.texts is not None:
@@ -110,8 +111,17 @@ class CachedLatents(Dataset):
         notes = self.notes[part]
         return notes[row] if notes is not None else {}
 
+    def _facts(self, i: int) -> Item:
+        """What the data set knows of picture i without opening it, as it is now: captions may change, and the pictures stay."""
+        if not hasattr(self.dataset, "facts"):
+            return {}
+        facts = dict(self.dataset.facts(i))
+        if "caption" in facts:
+            facts[self.caption_key] = facts.pop("caption")
+        return facts
+
     def _caption_at(self, i: int) -> str:
-        caption = self._note(i).get(self.caption_key)
+        caption = {**self._note(i), **self._facts(i)}.get(self.caption_key)
         if not isinstance(caption, str):
             raise ConfigError(f"text_encoder: item {i} of {self.dataset_config['target']} has no caption under {self.caption_key!r}")
         return caption

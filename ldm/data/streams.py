@@ -128,7 +128,7 @@ class StreamLoader(PositionedLoader):
         """Go on from a state. With another batch size or number of workers the shares are others: about as many samples are skipped."""
         part: Any = self.dataset
         now = part.batch_size * part.world
-        batches, positions = state["batches"], list(state["positions"])
+        batches, positions = state["batches"], list(state.get("positions", ()))  # none: the run had another kind of data before
         if len(positions) != self.streams or state["global_batch"] != now:
             log.warning("data: the batch size or the number of workers has changed, so some samples of this epoch come twice or never")
             batches = batches * state["global_batch"] // now

@@ -6,7 +6,10 @@ from numpy's global generator, which both seed for every item. Masks are in `mas
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +47,8 @@ class WrappedItems(Dataset):
             raise ConfigError(f"additions: {', '.join(wrong)} cannot be called with an item")
         self.seed, self.fixed = seed, fixed
         self.bucket_of = getattr(self.dataset, "bucket_of", None)
+        if hasattr(self.dataset, "content") and hasattr(self.dataset, "facts"):
+            self.content = self._content
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # shared: running workers see a new epoch
 
     def __len__(self) -> int:
@@ -54,6 +59,11 @@ class WrappedItems(Dataset):
         self._epoch[0] = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
+
+    def _content(self, memo: Path | None = None) -> str:
+        """A digest of the data set's pictures and of what it knows of them, since additions may depend on both."""
+        facts = [self.dataset.facts(i) for i in range(len(self))]
+        return hashlib.sha256(json.dumps([self.dataset.content(memo), facts], sort_keys=True).encode()).hexdigest()
 
     def __getitem__(self, i: int) -> Item:
         if not -len(self) <= i < len(self):

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.inference.additions import FLAGS, moved
-from ldm.inference.checks import check_options
+from ldm.inference.checks import check_idle, check_options
 from ldm.inference.facts import SHIPPED_WEIGHTS, ModelFacts, find_model, read_facts
 from ldm.inference.flags import REFUSED, build_parser
 from ldm.inference.options import BESIDE_REPRODUCE, CHOICES, NOT_FROM_PICTURE, PER_PICTURE, PER_SEED, Options
-from ldm.inference.prompts import read_prompts
+from ldm.inference.prompts import PromptLine, read_prompts
 from ldm.inference.tasks import get_task
 from ldm.inference.tasks.base import Task
 from ldm.util import UserError
@@ -40,10 +40,11 @@ def parse(name: str, argv: Sequence[str] | None = None) -> Any:
         given = from_picture(task, given)
     given = task.prepare(given)
     options, facts = _resolve(task, given, problems)
-    problems += check_options(task, options, facts)
-    if not options.reproduce:
-        _fill_prompts(task, options, problems)
-        problems += _check_lines(task, options, facts)
+    if options.reproduce:
+        problems += check_options(task, options, facts)
+    else:
+        _fill_prompts(task, options, facts, problems)
+        problems += _check_pictures(task, options, facts) + check_idle(options)
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)))
     return options
@@ -105,14 +106,16 @@ def _resolve(task: Task, given: dict[str, Any], problems: list[str]) -> tuple[An
     return task.options(task=task.name, config=config, ckpt=str(ckpt), own_model=own_model, given=given, **values), facts
 
 
-def _fill_prompts(task: Task, options: Options, problems: list[str]) -> None:
+def _fill_prompts(task: Task, options: Options, facts: ModelFacts | None, problems: list[str]) -> None:
     """`options.prompts`: the pictures of one iteration, from the task where it knows them, otherwise from the prompts."""
     known = task.pictures(options, problems)
     if known is not None:
         options.prompts = known
     elif options.from_file:
         try:
-            lines = read_prompts(options.from_file, PER_PICTURE | task.per_picture)
+            sizes = frozenset() if task.sizes else frozenset({"H", "W"})  # which follow from the picture
+            lines = read_prompts(options.from_file, (PER_PICTURE - sizes) | task.per_picture)
+            lines = lines if facts is None else [_with_own_size(task, options, facts, line) for line in lines]
             options.prompts = [line for line in lines for _ in range(options.repeat)]
         except UserError as error:
             problems.append(str(error))
@@ -122,17 +125,37 @@ def _fill_prompts(task: Task, options: Options, problems: list[str]) -> None:
         problems.append("nothing to draw: give --prompt TEXT or --from-file FILE")
 
 
-def _check_lines(task: Task, options: Options, facts: ModelFacts | None) -> list[str]:
-    """What is wrong with the options of single pictures, a clause each; pictures of the same options are looked at once."""
-    told, problems = {"{}"}, []
+def _with_own_size(task: Task, options: Options, facts: ModelFacts, line: PromptLine) -> PromptLine:
+    """A line that names a picture also gets what a run with that picture would take from it, such as its size, unless it is given."""
+    if not set(task.files) & set(line.overrides) or _check_values(task, dict(line.overrides)):
+        return line
+    said = {**options.given, **line.overrides}
+    found = {**task.defaults, **task.resolve(said, facts), **facts.sampling}
+    names = (PER_PICTURE | task.per_picture | task.from_picture) & set(found) - set(said)
+    changed = {name: found[name] for name in names if found[name] != getattr(options, name)}
+    return dataclasses.replace(line, overrides={**line.overrides, **changed})
+
+
+def _check_pictures(task: Task, options: Options, facts: ModelFacts | None) -> list[str]:
+    """What is wrong with the options of the run or of single pictures, a clause each; pictures of the same options are looked at once.
+
+    What is wrong with the run, but with none of its pictures, since they say something else, is not wrong.
+    """
+    run = check_options(task, options, facts)
+    kinds: dict[str, tuple[int, dict[str, Any]]] = {}  # line and options, by these
     for line in options.prompts:
         own = {name: value for name, value in getattr(line, "overrides", {}).items() if name not in PER_SEED}
-        key = json.dumps(own, sort_keys=True)
-        if key not in told:
-            told.add(key)
-            wrong = _check_values(task, own) or check_options(task, dataclasses.replace(options, **own), facts)
-            problems += [f"line {line.line}: {problem}" if line.line else problem for problem in wrong]
+        kinds.setdefault(json.dumps(own, sort_keys=True), (getattr(line, "line", 0), own))
+    found = [(line, _check_picture(task, options, own, facts)) for line, own in kinds.values()]
+    problems = [problem for problem in run if all(problem in wrong for _, wrong in found)]
+    for line, wrong in found:
+        problems += [f"line {line}: {problem}" if line else problem for problem in wrong if problem not in problems]
     return problems
+
+
+def _check_picture(task: Task, options: Options, own: dict[str, Any], facts: ModelFacts | None) -> list[str]:
+    """What is wrong with the run's options where `own` stand in their place."""
+    return _check_values(task, own) or check_options(task, dataclasses.replace(options, **own), facts)
 
 
 def _check_values(task: Task, values: dict[str, Any]) -> list[str]:

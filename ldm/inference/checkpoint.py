@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def load_weights(
 
 def _load_part(model: nn.Module, path: str | Path, in_file: dict[str, Tensor], prefix: str, ema: str, *rules: Any) -> LoadReport:
     """Fill `model`, whose names stand below `prefix`, from what the file of a larger model has there, its averages included."""
-    in_file, used = choose_ema({key_names.published(name): value for name, value in in_file.items()}, {}, ema, path)
+    in_file, used = choose_ema(key_names.spelled(in_file), {}, ema, path)
     below = {name[len(prefix) :]: value for name, value in in_file.items() if name.startswith(prefix)}
     if not below:
         raise CheckpointError(f"{path} has nothing under {prefix}; it holds {key_names.likely_content(in_file)}")
@@ -119,12 +120,14 @@ def _load(
 ) -> LoadReport:
     own = model.state_dict()
     names = key_names.match(in_file, own)
-    found = {names[n]: value for n, value in in_file.items()}
+    twice = len(names) - len(set(names.values()))
+    found = {names[n]: value for n, value in in_file.items()} | {n: value for n, value in in_file.items() if names[n] == n}
     ignored = tuple(n for n in found if ignore and n.startswith(tuple(ignore)))
     for name in ignored:
         del found[name]
     found, used = choose_ema(found, own, ema, path)
-    notes = _compare_settings(model, found, own)
+    notes = [f"holds {twice} tensors in two spellings; those under the model's own names are used"] if twice else []
+    notes += _compare_settings(model, found, own)
     usable = {n: v for n, v in found.items() if n in own and n not in key_names.SCHEDULE_BUFFERS}
     if make_it_fit:
         usable = {n: _fit(v, own[n].shape) for n, v in usable.items()}
@@ -226,11 +229,9 @@ def _refuse_differences(
     lacking = [n for n in missing if not key_names.is_harmless(n) and n != "scale_factor"]
     foreign = [n for n in found if n not in own and not key_names.is_harmless(n) and n != "scale_factor"]
     shapes = [f"{n} {list(v.shape)} instead of {list(own[n].shape)}" for n, v in usable.items() if v.shape != own[n].shape]
-    problems = [
-        f"{label} {key_names.summary(names)}"
-        for label, names in (("it lacks", lacking), ("it has unknown", foreign), ("it has other shapes:", shapes))
-        if names
-    ]
+    kinds = [f"{n} {str(v.dtype).removeprefix('torch.')}" for n, v in usable.items() if own[n].is_floating_point() > v.is_floating_point()]
+    differences = {"it lacks": lacking, "it has unknown": foreign, "it has other shapes:": shapes, "it has no real numbers in": kinds}
+    problems = [f"{label} {key_names.summary(names)}" for label, names in differences.items() if names]
     if problems:
         from ldm.inference.weights.families import title_of
 
@@ -267,7 +268,13 @@ def _fill(model: nn.Module, own: Mapping[str, Tensor], usable: Mapping[str, Tens
     lost = [n for n in unknown if not key_names.is_loss(n) and n not in unused]
     if lost:
         raise CheckpointError(f"a model without memory needs every tensor from the file; it lacks {key_names.summary(lost)}")
-    values = {n: v.to(own[n].dtype) for n, v in usable.items()}
+    values: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in usable.items():
+        value = value.to(own[name].dtype)
+        place = value.untyped_storage().data_ptr()
+        values[name] = value.clone() if place in places else value  # an update of one must not change another
+        places.add(place)
     values |= {n: torch.zeros_like(own[n], device="cpu") for n in unknown}  # unused, or of a training loss
     model.load_state_dict({**own, **values}, assign=True)
 
@@ -294,6 +301,7 @@ def save_weights(
     `metadata` goes into the header (values that are not text as JSON). `dtype` is the floating type to store; buffers of the noise
     schedule and single numbers keep theirs. An existing file is only replaced with `overwrite`.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -304,16 +312,19 @@ def save_weights(
     state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = _to_store(state, dtype)
     header = {"format": "pt", **{k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}}
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask says; safetensors makes files that only their owner can read
         save_file(tensors, temporary, metadata=header)
         temporary.chmod(mode)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -321,8 +332,8 @@ def _to_store(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[st
     """Published names; on the CPU, contiguous, no two sharing memory, floating values in `dtype`."""
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
-    for name, value in state.items():
-        name, stored = key_names.published(name), value.detach().cpu()
+    for name, value in key_names.spelled(state).items():
+        stored = value.detach().cpu()
         if dtype is not None and stored.is_floating_point() and stored.ndim > 0 and name not in key_names.SCHEDULE_BUFFERS:
             stored = stored.to(dtype)
             if not torch.isfinite(stored).all() and torch.isfinite(value).all():

@@ -24,6 +24,27 @@ def check_options(task: Task, options: Any, facts: ModelFacts | None) -> list[st
     return problems + check_files(options) + check_sampler(options)
 
 
+def check_idle(options: Any) -> list[str]:
+    """Flags that were given and would change nothing beside the others."""
+    lines = [getattr(line, "overrides", {}) for line in options.prompts]
+    scales = [line.get("scale", options.scale) for line in lines] or [options.scale]
+    idle = {
+        "repeat": (not options.from_file, "repeats the lines of --from_file FILE; for more pictures of --prompt give --n_samples"),
+        "progress_every": (not options.save_progress, "says nothing without --save_progress"),
+        "n_rows": (options.skip_grid, "says nothing where no grid is saved (--skip_grid)"),
+        "watermark_text": (options.watermark == "none", "says nothing with --watermark none"),
+        "safety_ckpt": (options.safety == "off", "says nothing with --safety off"),
+        "negative_prompt": (set(scales) == {1.0}, "says nothing at --scale 1, which is no guidance"),
+        "guidance_rescale": (set(scales) == {1.0}, "says nothing at --scale 1, which is no guidance"),
+        "negative_aesthetic_score": (set(scales) == {1.0}, "says nothing at --scale 1, which is no guidance"),
+    }
+    problems = [f"--{name} {why}" for name, (unused, why) in idle.items() if unused and options.given.get(name)]
+    for line, scale in zip(options.prompts, scales, strict=False):
+        if scale == 1.0 and getattr(line, "overrides", {}).get("negative_prompt"):
+            problems.append(f"line {line.line}: negative_prompt says nothing at scale 1, which is no guidance")
+    return problems
+
+
 def check_sizes(options: Options, facts: ModelFacts) -> list[str]:
     """The network's legal heights and widths, and the numbers that must agree with its config."""
     problems = []

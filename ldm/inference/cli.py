@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
     from ldm.inference.session import Picture
 
 log = logging.getLogger(__name__)
+_LARGEST_GRID = 2**30  # bytes; what is more fits into no viewer, and hardly into memory
 
 
 def say(line: str) -> None:
-    """One line for the user, on standard output."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    """One line for the user, on standard output; what its encoding cannot say is escaped, and nobody need be listening any more."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -56,10 +62,29 @@ class Summary:
     samples: list[Path] = field(default_factory=list)
     films: list[Path] = field(default_factory=list)
     grid: Path | None = None
+    too_many: bool = False  # pictures for a grid
     drawn: int = 0
     flagged: int = 0
     unreadable: int = 0
     too_small: int = 0
+
+
+@dataclass
+class Page:
+    """The pictures of a grid; none any more once they are too many."""
+
+    room: int  # bytes
+    images: list[np.ndarray] = field(default_factory=list)  # uint8 (H, W, 3)
+    text: str = ""  # the parameters of the first
+
+    def add(self, picture: Picture) -> None:
+        """One more, as long as there is room."""
+        self.room -= picture.image.nbytes
+        self.text = self.text or picture.texts["parameters"]
+        if self.room >= 0:
+            self.images.append(picture.image)
+        else:
+            self.images.clear()
 
 
 def draw(options: Options) -> Summary:
@@ -79,9 +104,8 @@ def draw(options: Options) -> Summary:
     from ldm.inference.session import Session
 
     session = Session(options, progress=True)
-    summary = Summary()
-    images: list[np.ndarray] = []
-    first: Picture | None = None
+    summary, page = Summary(), Page(_LARGEST_GRID)
+    wants_grid = not options.skip_grid and share is None and not options.reproduce
     for batch in session.batches() if share is None else share.batches:
         for picture in session.pictures(batch):
             _count(picture, summary)
@@ -92,13 +116,13 @@ def draw(options: Options) -> Summary:
                 summary.samples.append(path)
                 if options.save_progress and (film := picture.film(options.save_progress)) is not None:
                     summary.films.append(write_new(summary.samples[-1].with_suffix(f".{options.save_progress}"), film))
-            if not options.skip_grid and share is None:
-                images.append(picture.image)
-                first = first or picture
-    if first is not None and not options.reproduce:
+            if wants_grid:
+                page.add(picture)
+    if page.images:
         from ldm.imaging import image_grid
 
-        summary.grid = folder.save_grid(image_grid(images, options.columns), {"parameters": first.texts["parameters"]})
+        summary.grid = folder.save_grid(image_grid(page.images, options.columns), {"parameters": page.text})
+    summary.too_many = page.room < 0
     _report(options, summary, time.perf_counter() - began)
     return summary
 
@@ -136,6 +160,8 @@ def _report(options: Options, summary: Summary, seconds: float) -> None:
         say(f"progress: {summary.films[0]}" + (f" ... {summary.films[-1].name}" if len(summary.films) > 1 else ""))
     if summary.grid is not None:
         say(f"grid: {summary.grid}")
+    if summary.too_many:
+        say("no grid: the pictures are too many for one")
     told = [f"{summary.drawn} picture{'s' if summary.drawn != 1 else ''} in {seconds:.1f} s"]
     if options.safety == "off":
         told.append("no safety check")

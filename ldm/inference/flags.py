@@ -40,7 +40,7 @@ def _underscored(word: str) -> str:
     if not word.startswith("--"):
         return word
     flag, equals, value = word[2:].partition("=")
-    return "--" + flag.replace("-", "_") + equals + value
+    return word if " " in flag else "--" + flag.replace("-", "_") + equals + value  # with a blank it is the text of a prompt
 
 
 _WITHOUT_CKPT = {True: "With no --ckpt, the model that ships draws, at its own sizes.", False: "Name a model that can by --ckpt."}

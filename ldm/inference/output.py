@@ -6,11 +6,13 @@ Owns the output folder, PNG metadata (both ways) and the command line that repea
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from ldm.util import UserError
 
 METADATA_KEY = "ldm_metadata"
+_MOST_TRIED = 2**26  # bytes written to see whether a folder takes them
 _FORMAT = 1  # of the metadata; a reader refuses others
 
 
@@ -39,10 +42,15 @@ class OutputFolder:
             raise UserError(f"output folder {str(outdir)!r} cannot be made: {error.strerror}; choose another by --outdir") from None
 
     def check(self, n_bytes: int) -> None:
-        """Write and remove a file of `n_bytes` in both folders, so that a read-only or full one is found before the work."""
+        """Write and remove a file of `n_bytes` in both folders, so that a read-only or full one is found before the work.
+
+        Of what is more than 64 MiB the rest is only compared with the free space.
+        """
         for folder in (self.root, self.samples):
             with told(folder):
-                os.unlink(_write_temporary(folder, b"\0" * n_bytes))
+                if n_bytes > _MOST_TRIED and shutil.disk_usage(folder).free < n_bytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.unlink(_write_temporary(folder, b"\0" * min(n_bytes, _MOST_TRIED)))
 
     def save_sample(self, image: np.ndarray, texts: Mapping[str, str] | None = None) -> Path:
         """uint8 (H, W, 3) to the next samples/NNNNN.png."""
@@ -193,7 +201,8 @@ def parameters_text(metadata: Mapping[str, Any]) -> str:
     lines = [metadata["prompt"]]
     if metadata.get("negative_prompt"):
         lines.append(f"Negative prompt: {metadata['negative_prompt']}")
-    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items())])
+    text = "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in pairs.items())])
+    return text.encode("utf-8", "backslashreplace").decode()  # lone surrogates stand for bytes of a command line that are no text
 
 
 # What other programs call our samplers, where they have them.

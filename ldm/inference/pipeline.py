@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ldm.imaging import to_tensor, to_uint8
 from ldm.inference.film import Film
-from ldm.inference.models import drawing_config, load_model, pick_device
+from ldm.inference.models import drawing_config, half_type, load_model, pick_device
 from ldm.inference.noise import ImageNoise, rng_state, set_rng_state, threads
 from ldm.inference.prompt_syntax import read
 from ldm.inference.prompts import MAX_SEED, Batch
@@ -150,7 +150,9 @@ class Pipeline:
                     latents = self._sample(condition, len(batch), film)
                 _check_finite(latents, "UNet", self.settings.precision)
                 return self._pictures(latents, condition)
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_memory(error):
+                raise
             cures = "fewer at once (--n_samples 1), smaller (--H, --W), in tiles (--tile), or with --precision bf16"
             raise UserError(f"out of memory: draw {cures}") from None
 
@@ -257,10 +259,8 @@ class Pipeline:
         return pixels
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        kind, precision = self.device.type, self.settings.precision
-        if precision == "bf16":
-            return torch.autocast(kind, torch.bfloat16)
-        return torch.autocast(kind, torch.float16) if precision == "autocast" and kind != "cpu" else nullcontext()
+        dtype = half_type(self.device, self.settings.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
 class Text2Image(Pipeline):
@@ -300,6 +300,11 @@ def _check_refiner(model: Any, refiner: Any) -> None:
         own, other = float(getattr(model, name)), float(getattr(refiner, name))
         if abs(own - other) > 1e-3 * abs(own):
             raise UserError(f"the refiner has {name} {other:g}, the model {own:g}: they must share their latents")
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out. On the CPU torch says so in words only."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _check_finite(x: Tensor, part: str, precision: str) -> None:

@@ -110,9 +110,11 @@ class AutoencoderKL(FirstStage):
         return [*parameters, self.loss.logvar]
 
     @torch.no_grad()
-    def log_images(self, batch: Mapping[str, Tensor], only_inputs: bool = False, **kwargs: Any) -> dict[str, Tensor]:
-        """Pictures (B, C, H, W): inputs; and unless `only_inputs`, reconstructions and decoded draws from the prior."""
-        x = self.get_input(batch, self.image_key).to(self.device)
+    def log_images(
+        self, batch: Mapping[str, Tensor], only_inputs: bool = False, N: int | None = None, split: str | None = None
+    ) -> dict[str, Tensor]:
+        """Pictures (B, C, H, W) of the first N: inputs; and unless `only_inputs`, reconstructions and decoded draws from the prior."""
+        x = self.get_input(batch, self.image_key)[:N].to(self.device)
         if only_inputs:
             return {"inputs": self._shown(x)}
         reconstruction, posterior = self(x)
@@ -220,10 +222,17 @@ class VQModel(FirstStage):
 
     @torch.no_grad()
     def log_images(
-        self, batch: Mapping[str, Tensor], only_inputs: bool = False, plot_ema: bool = False, **kwargs: Any
+        self,
+        batch: Mapping[str, Tensor],
+        only_inputs: bool = False,
+        plot_ema: bool = False,
+        N: int | None = None,
+        split: str | None = None,
     ) -> dict[str, Tensor]:
-        """Pictures (B, C, H, W): inputs; and unless `only_inputs`, reconstructions (with `plot_ema` also of the average)."""
-        x = self.get_input(batch, self.image_key).to(self.device)
+        """Pictures (B, C, H, W) of the first N: inputs; and unless `only_inputs`, reconstructions (with `plot_ema` also of the average)."""
+        if plot_ema and self.ema_decay is None:
+            raise ConfigError("log_images: plot_ema needs an average of the weights: set use_ema: true")
+        x = self.get_input(batch, self.image_key)[:N].to(self.device)
         if only_inputs:
             return {"inputs": self._shown(x)}
         pictures = {"inputs": self._shown(x), "reconstructions": self._shown(self(x)[0])}

@@ -6,7 +6,7 @@ The networks and their losses are in autoencoder.py and ldm/modules/losses. Know
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.tiling import Tiling, blend_tiles
+from ldm.modules.ema import LitEma, ema_scope
 from ldm.util import ConfigError, UserError, get_obj_from_str, instantiate_from_config, plain
 
 _GENERATOR, _DISCRIMINATOR = 0, 1  # the losses' `optimizer_idx`
@@ -101,6 +102,8 @@ class FirstStage(pl.LightningModule):
     # -- input and pictures ---------------------------------------------------------------------------------------------
     def get_input(self, batch: Mapping[str, Tensor], k: str) -> Tensor:
         """Images batch[k], (B, H, W, C) or (B, H, W), as float32 (B, C, H, W) in the usual memory order."""
+        if k not in batch:
+            raise ConfigError(f"the batch has no {k!r}; it has {', '.join(sorted(batch))}: set image_key or the dataset's key")
         x = batch[k]
         if x.ndim == 3:
             x = x[..., None]
@@ -113,7 +116,8 @@ class FirstStage(pl.LightningModule):
     def to_rgb(self, x: Tensor) -> Tensor:
         """Label maps (B, L, H, W) as colours (B, 3, H, W) stretched over [-1, 1]."""
         if not hasattr(self, "colorize"):
-            self.register_buffer("colorize", torch.randn(3, x.shape[1], 1, 1, device=x.device))
+            colors = torch.randn(3, x.shape[1], 1, 1, device=x.device)
+            self.register_buffer("colorize", colors, persistent=False)  # or checkpoints would have a key that a new start lacks
         x = F.conv2d(x, self.colorize)
         return 2.0 * (x - x.min()) / (x.max() - x.min()) - 1.0
 
@@ -136,24 +140,11 @@ class FirstStage(pl.LightningModule):
         """(Re)start the moving average from the present weights; does nothing without `ema_decay`."""
         if self.ema_decay is None:
             return
-        from ldm.modules.ema import LitEma
-
-        if hasattr(self, "model_ema"):
-            del self.model_ema
         self.model_ema = LitEma(self, decay=self.ema_decay)
 
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+    def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
         """Inside, the averaged weights are in place (if there are any)."""
-        if self.ema_decay is None:
-            yield
-            return
-        self.model_ema.store(self.parameters())
-        self.model_ema.copy_to(self)
-        try:
-            yield
-        finally:
-            self.model_ema.restore(self.parameters())
+        return ema_scope(None if self.ema_decay is None else self.model_ema, self, context)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the clock of `disc_start`."""
@@ -270,4 +261,4 @@ class FirstStage(pl.LightningModule):
         logs[f"{split}/psnr"] = psnr(reconstruction, x)
         if self._discriminator_learns():
             logs |= self.compute_loss(x, reconstruction, extra, _DISCRIMINATOR, split)[1]
-        self.log_dict(logs, batch_size=x.shape[0])
+        self.log_dict(logs, batch_size=x.shape[0], sync_dist=True)

@@ -19,7 +19,7 @@ _TRUE, _FALSE = ("true", "yes", "y", "1", "t"), ("false", "no", "n", "0", "f")
 _SWITCHES = ("-t", "--train", "--scale_lr", "--no-test", "--no_test", "-d", "--debug")
 
 _EXAMPLES = """examples:
-  python main.py --base configs/shapes/ldm.yaml --train --name first
+  python main.py --base configs/shapes/tiny.yaml --train --name first
   python main.py --base a.yaml b.yaml model.params.use_ema=false data.params.batch_size=8 --train
   python main.py --resume logs/2026-01-31T12-00-00_first --train lightning.trainer.max_steps=20000
 """
@@ -130,8 +130,8 @@ def load_yaml(path: str | Path) -> Any:
     return config
 
 
-def merge_configs(base: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """YAML files and `a.b=value` pairs, later ones first in rank -> one plain dict, interpolations resolved."""
+def merge_configs(base: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> dict[str, Any]:
+    """YAML files and `a.b=value` pairs, later ones first in rank -> one plain dict, interpolations resolved, or left as they are."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -142,7 +142,7 @@ def merge_configs(base: Sequence[str | Path], overrides: Sequence[str] = ()) -> 
         merged = OmegaConf.merge(*(load_yaml(path) for path in base), _dotlist(overrides))
         if missing := sorted(_open_keys(OmegaConf.to_container(merged))):
             raise ConfigError(f"the config leaves open what you must give: add {' '.join(f'{key}=VALUE' for key in missing)}")
-        config = OmegaConf.to_container(merged, resolve=True)
+        config = OmegaConf.to_container(merged, resolve=resolve)
     except OmegaConfBaseException as error:
         raise ConfigError(f"the configs do not fit together: {str(error).splitlines()[0]}") from None
     assert isinstance(config, dict)

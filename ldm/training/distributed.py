@@ -29,6 +29,7 @@ _LOST = re.compile(
     r"|timed out waiting \d+ms|recvvalue failed",
     re.IGNORECASE,
 )
+_PARTLY_USED = "ddp_find_unused_parameters_true"
 _MIXED = "got mixed torch.Tensor and DTensor"
 _PATIENCE = 5.0  # seconds that the others have to say what happened to them
 
@@ -44,6 +45,9 @@ def use_strategy(arguments: dict[str, Any], lightning: Mapping[str, Any], model:
     if name != "fsdp":
         if section:
             raise ConfigError(f"lightning.fsdp is there, but the strategy is {name or 'auto'}: add --strategy fsdp, or leave it out")
+        partly = lightning.get("find_unused_parameters") or not model.automatic_optimization  # with optimizers that take turns
+        if partly and (name == "ddp" or (name in (None, "auto") and _several(arguments))):
+            arguments["strategy"] = _PARTLY_USED
         return
     from ldm.training.sharding import ShardedStrategy, sharded_precision
 
@@ -56,6 +60,10 @@ def use_strategy(arguments: dict[str, Any], lightning: Mapping[str, Any], model:
     precision = sharded_precision(arguments.pop("precision", None), str(arguments.get("accelerator")))
     arguments["plugins"] = [*(arguments.get("plugins") or []), precision]
     arguments["strategy"] = ShardedStrategy(**options)
+
+
+def _several(arguments: Mapping[str, Any]) -> bool:
+    return arguments.get("devices") not in (None, 1) or (arguments.get("num_nodes") or 1) > 1
 
 
 def _check_deepspeed(name: str) -> None:

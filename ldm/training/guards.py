@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from ldm.training.counting import updates_done
 from ldm.training.distributed import all_finite, explain_lost
 from ldm.util import UserError
 
@@ -36,7 +37,7 @@ class SkipNonFinite(Callback):
     Gradients are looked at rather than the loss: with several processes they are the same everywhere, or are asked for everywhere
     when they are sharded, so all skip alike. A skipped update counts as a step. With fp16 the loss scaler does the skipping, as it
     must to find its scale; here it is only counted.
-    The training ends with a `UserError` after `limit` skipped updates in a row.
+    The training ends with a `UserError` after `limit` skipped updates of one optimizer in a row.
     """
 
     def __init__(self, limit: int = 20) -> None:
@@ -44,26 +45,26 @@ class SkipNonFinite(Callback):
             raise UserError(f"skip_non_finite: limit is {limit}, it must be at least 1")
         self.limit = limit
         self.skipped = 0  # of the whole run
-        self.in_a_row = 0
+        self._in_a_row: dict[int, int] = {}  # of each optimizer
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
         if not gradients or all_finite(gradients):
-            self.in_a_row = 0
+            self._in_a_row[id(optimizer)] = 0
             return
         self.skipped += 1
-        self.in_a_row += 1
+        self._in_a_row[id(optimizer)] = in_a_row = self._in_a_row.get(id(optimizer), 0) + 1
         if getattr(trainer.precision_plugin, "scaler", None) is None:
             for parameter in parameters:
                 parameter.grad = None  # an optimizer passes over parameters without a gradient
         pl_module.log("skipped_updates", float(self.skipped), on_step=True, on_epoch=False)
         message = "update %d has NaN or infinite gradients and is left out (%d so far, %d in a row)"
-        log.warning(message, trainer.global_step + 1, self.skipped, self.in_a_row)
-        if self.in_a_row >= self.limit:
+        log.warning(message, updates_done(trainer) + 1, self.skipped, in_a_row)
+        if in_a_row >= self.limit:
             raise UserError(
-                f"training stopped: {self.in_a_row} updates in a row had NaN or infinite gradients; the weights are those before them. Try "
+                f"training stopped: {in_a_row} updates in a row had NaN or infinite gradients; the weights are those before them. Try "
                 "a lower model.base_learning_rate, lightning.trainer.gradient_clip_val=1.0, or precision bf16-mixed or 32-true for fp16"
             )
 

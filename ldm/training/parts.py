@@ -20,10 +20,11 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from ldm.training.callbacks import ProgressBar, ProgressLog
+from ldm.training.counting import EpochPlace, UpdateCounter
 from ldm.training.distributed import use_strategy
 from ldm.training.record import RunFolder, describe_run
-from ldm.training.state import AtomicCheckpointIO, LastCheckpoint, RngStateCallback, StepCheckpoint, UpdateCounter
-from ldm.util import ConfigError, instantiate_from_config, plain
+from ldm.training.state import AtomicCheckpointIO, LastCheckpoint, RngStateCallback, StepCheckpoint
+from ldm.util import ConfigError, instantiate_from_config
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def has_validation(data: Any) -> bool:
 def build_trainer(
     model: Any,
     data: Any,
-    config: dict[str, Any],
+    config: dict[str, Any],  # to be written beside the run
     lightning: dict[str, Any],
     arguments: dict[str, Any],
     folder: RunFolder,
@@ -131,8 +132,8 @@ def build_trainer(
         "logdir": str(folder.path),
         "ckptdir": str(folder.checkpoints),
         "cfgdir": str(folder.path / "configs"),
-        "config": plain(config),
-        "lightning_config": plain(lightning),
+        "config": {key: value for key, value in config.items() if key != "lightning"},
+        "lightning_config": config.get("lightning") or {},
         "record": describe_run(options, seed),
     }
     defaults = {
@@ -147,7 +148,7 @@ def build_trainer(
         counter = UpdateCounter(arguments.pop("max_steps", -1) or -1)
         arguments.setdefault("max_epochs", -1)
         hand_over(arguments, model)
-    callbacks = [counter, RngStateCallback(seed), *build_callbacks(lightning, defaults, folder.checkpoints)]
+    callbacks = [counter, EpochPlace(), RngStateCallback(seed), *build_callbacks(lightning, defaults, folder.checkpoints)]
     callbacks += build_checkpointing(lightning.get("modelcheckpoint") or {}, model, data, folder.checkpoints)
     if arguments.get("enable_progress_bar", True) and sys.stderr.isatty():
         callbacks.append(ProgressBar())

@@ -6,6 +6,7 @@ Knows no trainer: folders, checkpoint files, seeds, versions.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import logging
 import pickle
@@ -13,13 +14,13 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.processes import is_first, started_by_another
 from ldm.training.cli import load_yaml
-from ldm.util import CheckpointError
+from ldm.util import CheckpointError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class RunFolder:
     path: Path
     checkpoint: Path | None  # of --resume
     configs: tuple[Path, ...]  # the resumed run's
+    new: bool = False  # has yet to be made, see `claim`
 
     @property
     def checkpoints(self) -> Path:
@@ -43,9 +45,7 @@ class RunFolder:
 def locate(options: argparse.Namespace, now: str) -> RunFolder:
     """The folder of a new run, or that of the run to resume with its checkpoint and configs."""
     if not options.resume:
-        stem = options.name or (Path(options.base[0]).stem if options.base else "run")
-        name = f"{now}_{re.sub(r'[^A-Za-z0-9._=+-]+', '-', stem)}{options.postfix}"
-        return RunFolder(_unused(Path(options.logdir) / options.project / name), None, ())
+        return RunFolder(_new_path(options, now, Path(options.base[0]).stem if options.base else "run"), None, (), new=True)
     path = Path(options.resume)
     if not path.exists():
         raise CheckpointError(f"--resume {options.resume}: there is no such folder or file")
@@ -66,15 +66,48 @@ def locate(options: argparse.Namespace, now: str) -> RunFolder:
             return RunFolder(folder, path, configs)
     if not options.base:
         raise CheckpointError(f"--resume {options.resume}: no configs folder was found above this file; add --base CONFIG.yaml")
-    return RunFolder(Path(options.logdir) / options.project / f"{now}_{options.name or path.stem}{options.postfix}", path, ())
+    return RunFolder(_new_path(options, now, path.stem), path, (), new=True)
 
 
-def _unused(path: Path) -> Path:
-    """`path`, or with -2, -3, ... where a run of that second and name exists."""
-    if not is_first() or started_by_another():  # the first process chooses
-        return path
-    others = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
-    return path if not path.exists() else next(other for other in others if not other.exists())
+def check_flags(options: argparse.Namespace, folder: RunFolder) -> None:
+    """Flags that would be of no effect are refused."""
+    given = {"--init_from": options.init_from} if options.resume else {}
+    if not folder.new:
+        given |= {"--name": options.name, "--project": options.project, "--postfix": options.postfix}
+    if vain := [flag for flag, value in given.items() if value]:
+        raise UserError(f"--resume goes on with the weights and in the folder of its run: leave out {', '.join(vain)}")
+    if options.init_ema != "auto" and not options.init_from:
+        raise UserError(f"--init_ema {options.init_ema} chooses among the weights of --init_from, which is not given")
+
+
+def _new_path(options: argparse.Namespace, now: str, stem: str) -> Path:
+    name = re.sub(r"[^A-Za-z0-9._=+-]+", "-", options.name or stem)
+    return Path(options.logdir) / options.project / f"{now}_{name}{options.postfix}"
+
+
+def claim(folder: RunFolder) -> RunFolder:
+    """Make the folder of a new run: with -2, -3, ... at its end where there is one of that second and name, if only just begun."""
+    if not folder.new or not is_first() or started_by_another():  # the first process chooses
+        return folder
+    for name in itertools.chain([folder.path.name], (f"{folder.path.name}-{i}" for i in itertools.count(2))):
+        path = folder.path.with_name(name)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"the run's folder {path} cannot be made ({error.strerror}): choose another place with --logdir") from None
+        return replace(folder, path=path)
+    raise AssertionError("names never end")
+
+
+def give_up(folder: RunFolder, logdir: str) -> None:
+    """Take away a claimed folder in which nothing was written, and what was empty around it, up to `logdir`."""
+    with contextlib.suppress(OSError):
+        for path in (folder.path, *folder.path.parents) if folder.new else ():
+            path.rmdir()
+            if path == Path(logdir):
+                return
 
 
 def _saved_configs(folder: Path) -> tuple[Path, ...]:

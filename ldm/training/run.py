@@ -17,15 +17,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ldm.processes import is_first, started_by_another
 from ldm.training.cli import merge_configs
+from ldm.training.counting import updates_done
 from ldm.training.distributed import describe_processes, end_others
 from ldm.training.guards import explain
 from ldm.training.parts import build_trainer
 from ldm.training.preflight import check_start_weights
-from ldm.training.record import RunFolder, choose_seed, locate, read_resumed
-from ldm.training.state import Stopped, updates_done
+from ldm.training.record import RunFolder, check_flags, choose_seed, claim, give_up, locate, read_resumed
+from ldm.training.state import Stopped
 from ldm.training.trainer_args import trainer_arguments
 from ldm.util import ConfigError, get_obj_from_str, instantiate_from_config, trust
 
@@ -121,9 +123,11 @@ def run(options: argparse.Namespace) -> int:
     _quieten(options.debug)
     now = _timestamp()
     folder = locate(options, now)
+    check_flags(options, folder)
     if not options.base and not folder.configs:
         raise ConfigError("no config: name one with --base CONFIG.yaml, or a run with --resume")
-    config = merge_configs([*folder.configs, *options.base], options.overrides)
+    sources = [*folder.configs, *options.base]
+    config = merge_configs(sources, options.overrides)
     check_config(config)
     check_start_weights(config)
     resumed = read_resumed(folder.checkpoint) if folder.checkpoint else None
@@ -137,10 +141,16 @@ def run(options: argparse.Namespace) -> int:
     if not options.train:
         log.info("the config is fine: model %s, data %s; add --train to train", type(model).__name__, type(data).__name__)
         return 0
-    trainer = build_trainer(model, data, config, lightning, arguments, folder, options, seed, now)
-    batch_size = getattr(data, "batch_size", None) or 1
-    accumulate = arguments.get("accumulate_grad_batches") or getattr(model, "accumulate_grad_batches", None) or 1
-    rate = learning_rate(config, options.scale_lr, trainer.world_size, batch_size, accumulate)
+    folder = claim(folder)
+    try:
+        written = merge_configs(sources, options.overrides, resolve=False)  # so that a resume can give its variables other values
+        trainer = build_trainer(model, data, written, lightning, arguments, folder, options, seed, now)
+        batch_size = getattr(data, "batch_size", None) or 1
+        accumulate = arguments.get("accumulate_grad_batches") or getattr(model, "accumulate_grad_batches", None) or 1
+        rate = learning_rate(config, options.scale_lr, trainer.world_size, batch_size, accumulate)
+    except Exception:
+        give_up(folder, options.logdir)
+        raise
     if rate is not None:
         model.learning_rate = rate
     log.info("run folder %s; seed %d; %s", folder.path, seed, describe_processes(trainer, arguments))
@@ -148,7 +158,10 @@ def run(options: argparse.Namespace) -> int:
         _announce_resume(folder, resumed, arguments.get("max_steps"))
     code = fit(trainer, model, data, folder)
     if code == 0 and not options.no_test and "test" in getattr(data, "dataset_configs", {}):
-        trainer.test(model, datamodule=data, verbose=True)
+        if is_overridden("test_step", model):
+            trainer.test(model, datamodule=data, verbose=True)
+        else:
+            log.info("data.params.test is not used: %s has no test (test_step)", type(model).__name__)
     return code
 
 

@@ -1,4 +1,4 @@
-"""What makes a training stoppable: whole checkpoint files, the random state in them, signals, and counting updates.
+"""What makes a training stoppable: whole checkpoint files, the random state in them, and signals.
 
 Owns `checkpoints/last.ckpt`. Knows no model. A checkpoint is taken when a step is over, which is after the model's own
 `on_train_batch_end` (where EMA is updated): Lightning calls callbacks before it, and a file written there lacks one EMA update.
@@ -9,6 +9,7 @@ Validation and pictures draw from generators of their own, so it does not matter
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import random
@@ -24,6 +25,7 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback, Checkpoint, ModelCheckpoint
 
+from ldm.training.counting import accumulating, updates_done
 from ldm.training.guards import unwritable
 from ldm.util import plain
 
@@ -136,13 +138,15 @@ class RngStateCallback(Callback):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self._loaded: list[dict[str, Any]] | None = None
+        self._outer: dict[str, Any] | None = None  # while validation draws from generators of its own: the training's
         self._stack = contextlib.ExitStack()
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        state: list[Any] = [rng_state()]
+        own = self._outer or rng_state()
+        state: list[Any] = [own]
         if trainer.world_size > 1:
             state = [None] * trainer.world_size
-            torch.distributed.all_gather_object(state, rng_state())
+            torch.distributed.all_gather_object(state, own)
         checkpoint["rng_state"] = state
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -151,67 +155,31 @@ class RngStateCallback(Callback):
             log.warning("the checkpoint holds no random state: this training goes on with other noise than it would have had")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._loaded is not None:
-            if trainer.global_rank < len(self._loaded):
-                set_rng_state(self._loaded[trainer.global_rank])
-            self._loaded = None
-        elif trainer.global_rank > 0:  # the same weights everywhere, but other noise
-            seed_all(self.seed + trainer.global_rank)
+        loaded, self._loaded = self._loaded or [], None
+        rank = trainer.global_rank
+        if rank < len(loaded):
+            set_rng_state(loaded[rank])
+        elif loaded:  # more processes than before: noise that is neither another's nor that of the first start
+            seed_all(int(np.random.SeedSequence([self.seed, rank, trainer.global_step]).generate_state(1)[0]))
+        elif rank > 0:  # the same weights everywhere, but other noise
+            seed_all(self.seed + rank)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._outer = rng_state()
         self._stack.enter_context(isolated_rng(self.seed + trainer.global_rank))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._outer = None
         self._stack.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._outer = None
         self._stack.close()
-
-
-# ---------------------------------------------------------------------- counting
-class UpdateCounter(Callback):
-    """Counts updates of the first optimizer, and ends a training with manual optimisation after `max_steps` of them.
-
-    Lightning's own counter adds up the steps of all optimizers, so a VAE with a discriminator would stop after half as many.
-    """
-
-    def __init__(self, max_steps: int = -1) -> None:
-        self.max_steps = max_steps
-        self.updates = 0
-        self._hook: Any = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hook = trainer.optimizers[0].register_step_post_hook(self._count) if trainer.optimizers else None
-        if 0 <= self.max_steps <= self.updates:
-            trainer.should_stop = True
-
-    def _count(self, *_: Any) -> None:
-        self.updates += 1
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if 0 <= self.max_steps <= self.updates:
-            trainer.should_stop = True
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-
-    def state_dict(self) -> dict[str, int]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.updates = state_dict["updates"]
-
-
-def updates_done(trainer: pl.Trainer) -> int:
-    """Updates so far, counted once a batch also where several optimizers take turns."""
-    counters = [callback for callback in trainer.callbacks if isinstance(callback, UpdateCounter)]
-    return counters[0].updates if counters else trainer.global_step
 
 
 # ---------------------------------------------------------------------- checkpoints
 class _AfterStep(Callback):
-    """Calls `after_step` at the very end of a step, when the model's own `on_train_batch_end` has run."""
+    """Calls `after_step` at the very end of a step, when the model's own `on_train_batch_end` has run; not while gradients accumulate."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -219,7 +187,8 @@ class _AfterStep(Callback):
 
         def finish(outputs: Any, batch: Any, batch_idx: int) -> None:
             inner(outputs, batch, batch_idx)
-            self.after_step(trainer, pl_module, outputs, batch, batch_idx)
+            if not accumulating(trainer, pl_module, batch_idx):
+                self.after_step(trainer, pl_module, outputs, batch, batch_idx)
 
         pl_module.on_train_batch_end = finish  # an attribute of this instance, taken away at the end
 
@@ -250,7 +219,8 @@ class LastCheckpoint(_AfterStep, Checkpoint):
     """Writes `last.ckpt` every n updates, at the end of the training, and when a signal asks for it.
 
     SIGUSR1 saves and goes on; SIGTERM and the first ctrl-C finish the step, save, and stop with `Stopped`. A second ctrl-C
-    interrupts at once, without saving. Signals that the platform lacks are left out.
+    interrupts at once, without saving. Signals that the platform lacks are left out. During a validation of one process the batch is
+    finished and what was before it is saved; several processes, whose validations may differ in length, act after it.
     """
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int = 1000, every_minutes: float | None = None) -> None:
@@ -261,6 +231,7 @@ class LastCheckpoint(_AfterStep, Checkpoint):
         self._saved_when = time.monotonic()
         self._signal: int | None = None
         self._previous: dict[int, Any] = {}
+        self._progress: dict[str, Any] | None = None  # of the training's loop, while a validation runs
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.path = Path(trainer.strategy.broadcast(str(self.path)))  # one path for all processes
@@ -298,10 +269,28 @@ class LastCheckpoint(_AfterStep, Checkpoint):
 
     def after_step(self, trainer: pl.Trainer, *_: Any) -> None:
         number = self._agreed_signal(trainer)
-        if number is not None or self._is_due(trainer):
+        if number is not None:
+            self._answer(trainer, number)
+        elif self._is_due(trainer):
             self._save(trainer)
-        if number is None:
-            return
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._previous and trainer.world_size == 1:
+            self._progress = copy.deepcopy(trainer.fit_loop.state_dict())
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._progress is not None and self._signal is not None:
+            self._answer(trainer, self._signal)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._progress = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._progress is not None and self._signal is not None:  # not for the best, which are taken when it has ended
+            checkpoint["loops"]["fit_loop"] = self._progress
+
+    def _answer(self, trainer: pl.Trainer, number: int) -> None:
+        self._save(trainer)
         self._signal = None
         log.info("%s: saved %s", signal.Signals(number).name, self.path)
         if number != getattr(signal, "SIGUSR1", None):

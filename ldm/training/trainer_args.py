@@ -86,14 +86,14 @@ def trainer_arguments(lightning: Mapping[str, Any], options: argparse.Namespace)
     if lightning.get("strategy") is not None:
         given.setdefault("strategy", lightning["strategy"])
     if options.gpus is not None:
+        if options.devices is not None or options.accelerator is not None:
+            raise ConfigError("--gpus says both accelerator and devices: leave out --gpus, or --accelerator and --devices")
         given.update(parse_gpus(options.gpus))
     for flag in ("accelerator", "devices", "num_nodes", "strategy"):
         if getattr(options, flag) is not None:
             given[flag] = getattr(options, flag)
     arguments = {**DEFAULTS, **given}
     arguments["devices"] = parse_devices(arguments["devices"])
-    if lightning.get("find_unused_parameters") and arguments.get("strategy") == "ddp":
-        arguments["strategy"] = "ddp_find_unused_parameters_true"
     _check_names(arguments)
     return arguments
 

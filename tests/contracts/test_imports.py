@@ -33,7 +33,7 @@ MAY_IMPORT = {
 DOOR = "ldm.inference.checkpoint"
 PURE = ("ldm/modules/diffusionmodules/schedule.py", "ldm/modules/diffusionmodules/parameterization.py")
 # Files in which the accelerator's name stands for a reason: the values of a flag, the state of its random generator, its memory.
-NAMES_CUDA = {"ldm/inference/options.py", "ldm/training/state.py", "ldm/training/callbacks.py"}
+NAMES_CUDA = {"ldm/inference/options.py", "ldm/training/state.py", "ldm/training/callbacks.py", "ldm/training/progress.py"}
 
 
 @cache

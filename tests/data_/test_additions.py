@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
+from ldm.data.laion import AddMask as PublishedMask
 from ldm.data.loading import ResumableLoader, seeded
 from ldm.data.masks import KINDS, AddMask, random_mask
 from ldm.data.shapes import ShapesDataset
@@ -64,6 +65,24 @@ def test_the_masked_image_is_gray_under_the_mask():
 def test_wrong_masks(options, message):
     with pytest.raises(ConfigError, match=message):
         AddMask(**options)
+
+
+def test_masks_by_the_published_name():
+    item = {"jpg": ShapesDataset(size=1, image_size=64)[0]["image"]}
+    areas = {}
+    for mode in ("512narrow", "512train", "512train-large"):
+        masks = []
+        for i in range(40):
+            with seeded(i):
+                masks.append(PublishedMask(mode)(item)["mask"].mean())
+        areas[mode] = np.mean(masks)
+    assert areas["512narrow"] < areas["512train"] < areas["512train-large"]
+    with seeded(0):
+        assert PublishedMask("256train", p_drop=1.0)(item)["mask"].all()
+    with pytest.raises(ConfigError, match="mode '512' is unknown; it is one of 256train"):
+        PublishedMask("512")
+    with pytest.raises(ConfigError, match="p_drop"):
+        PublishedMask("512train", p_drop=2)
 
 
 def test_small_copies():

@@ -284,6 +284,35 @@ def test_the_cache_belongs_to_content_sizes_and_weights(cache, folder: Path, tmp
     assert cache(root=moved)[0]["c"].tolist() == [[7.0, 8.0]]
 
 
+def test_captions_of_a_cache_are_those_of_now(cache, folder: Path) -> None:
+    """Latents stay where captions are written anew; embeddings follow."""
+    first = cache()
+    (folder / "3.txt").write_text("a longer caption")
+    again = cache()
+    assert again.path == first.path
+    assert again[3]["caption"] == "a longer caption" and again[3]["c"].tolist() == [[16.0, 7.0]]
+
+
+def test_a_cache_of_wrapped_items_sees_every_picture_and_caption(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").write_text("2.0")
+    trust("tests")
+    inner = {"target": "ldm.data.folder.FolderDataset", "params": {"root": str(folder), "size": 16}}
+    shades = {"target": "ldm.data.wrappers.AddLabelFromCaption", "params": {"names": [f"shade {i}" for i in range(10)]}}
+    wrapped = {"target": "ldm.data.wrappers.WrappedItems", "params": {"dataset": inner, "additions": [shades]}}
+    first = {"target": "tests.data_.test_general.Half", "params": {"ckpt_path": str(tmp_path / "vae")}}
+
+    def make() -> CachedLatents:
+        return CachedLatents(wrapped, first, str(tmp_path / "cache"), workers=0, device="cpu")
+
+    paths = [make().path]
+    (folder / "3.txt").write_text("shade 7")
+    assert make()[3]["class_label"] == 7
+    paths.append(make().path)
+    Image.new("RGB", (32, 20), (250, 0, 0)).save(folder / "2.png")
+    paths.append(make().path)
+    assert len(set(paths)) == 3
+
+
 def test_a_cache_of_buckets(cache) -> None:
     data = cache(size=None, buckets=[[16, 24], [24, 16]])
     assert {tuple(data[i]["z"].shape) for i in range(6)} == {(3, 8, 12), (3, 12, 8)}
@@ -353,6 +382,9 @@ def test_the_cache_script_writes_the_config_to_train_with(folder: Path, tmp_path
     data = CachedLatents(**train["params"])
     assert data[0]["z"].shape == (3, 8, 8)
     assert script("cache_latents.py", *flags, "--splits", "test")[0] == 2
+    for words, message in ((["--text"], "no text encoder"), (["model.params.first_stage_config=null"], "no first stage")):
+        code, _, error = script("cache_latents.py", *flags, *words)
+        assert code == 2 and message in error
 
 
 def test_missing_extras_are_told(monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

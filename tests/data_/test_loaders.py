@@ -305,5 +305,10 @@ def test_the_data_module_of_stable_diffusions_configs(shards: Path) -> None:
         data = instantiate_from_config({"target": "ldm.data.laion.WebDataModuleFromConfig", "params": {**params, **limits}})
         with pytest.raises(ConfigError, match="where"):
             next(iter(data.train_dataloader()))
+    masked = {**split, "postprocess": {"target": "ldm.data.laion.AddMask", "params": {"mode": "512train-large", "image_key": "png"}}}
+    data = instantiate_from_config({"target": "ldm.data.laion.WebDataModuleFromConfig", "params": {**params, "train": masked}})
+    batch = next(iter(data.train_dataloader()))
+    assert batch["mask"].shape == (4, 12, 12, 1) and 0 < float(batch["mask"].mean()) < 1
+    assert torch.equal(batch["masked_image"], batch["png"] * (batch["mask"] < 0.5))
     with pytest.raises(ConfigError, match="filter_word_list"):
         instantiate_from_config({"target": "ldm.data.laion.WebDataModuleFromConfig", "params": {**params, "filter_word_list": "x"}})

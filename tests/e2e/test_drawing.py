@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shlex
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from ldm.inference import cli
 from ldm.inference.cli import main
 from ldm.inference.output import write_new_png
+from ldm.inference.pipeline import Pipeline
 from ldm.models.diffusion.registry import SAMPLERS
 from tests.inference.conftest import lenient, sdxl, strict, tiny_ckpt  # noqa: F401
 from tests.inference.tiny import write_model
@@ -214,6 +219,45 @@ def test_a_replaced_picture_shows_no_progress(run, strict: Path):  # noqa: F811
     assert names("out") == ["00000.png"]
 
 
+# ---------------------------------------------------------------------- limits of the machine
+def test_pictures_too_many_for_a_grid_are_saved_all_the_same(run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "_LARGEST_GRID", 2 * 64 * 64 * 3)
+    assert run("--prompt", "x", "--n_samples", "2", "--outdir", "out") == 0 and Path("out/grid-0000.png").is_file()
+    assert "no grid" not in capsys.readouterr().out
+    assert run("--prompt", "x", "--n_samples", "3", "--outdir", "more") == 0
+    assert len(names("more")) == 3 and not Path("more/grid-0000.png").exists()
+    assert "no grid: the pictures are too many" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), ValueError("x")])
+def test_out_of_memory_is_told_in_one_line(run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception):
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Pipeline, "_sample", fail)
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="x"):
+            run("--prompt", "x", "--n_samples", "1")
+        return
+    assert run("--prompt", "x", "--n_samples", "1") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: out of memory: draw fewer at once")
+
+
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    cli.say("red \u2603 \udcff")
+    assert raw.getvalue() == b"red \\u2603 \\udcff\n"
+
+
+def test_nobody_need_read_what_is_said():
+    """`| head -1` closes the pipe after the first line; the pictures are drawn to the end."""
+    code = "import sys, time; from ldm.inference.cli import say; say('a'); time.sleep(0.5); say('b'); say('c'); sys.stderr.write('done')"
+    command = f'{shlex.quote(sys.executable)} -c "{code}" | head -1'
+    ran = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "a\n", "done")
+
+
 # ---------------------------------------------------------------------- prompt files
 def test_a_jsonl_file_with_flags_a_line(run):
     lines = [
@@ -265,7 +309,7 @@ def test_init_images_a_line(run):
         Image.new("RGB", (64, 64), color).save(f"{color}.png")
     lines = [{"prompt": "x", "init_img": f"{color}.png", "strength": 0.3} for color in ("red", "blue")]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert run("--from_file", "p.jsonl", "--init_img", "red.png", "--outdir", "out", task="img2img") == 0
+    assert run("--from_file", "p.jsonl", "--outdir", "out", task="img2img") == 0  # no picture for the run as a whole
     again(run, "out/samples/00001.png", task="img2img")
     assert record("out/samples/00001.png")["options"]["init_img"] == "blue.png"
 

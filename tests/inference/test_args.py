@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.inference import args as module
 from ldm.inference import facts
 from ldm.inference.args import parse
-from ldm.inference.facts import ModelFacts, read_facts
+from ldm.inference.facts import REPO, ModelFacts, read_facts
 from ldm.inference.options import recorded_options
 from ldm.inference.output import OutputFolder, metadata_texts
 from ldm.util import ConfigError, UserError
@@ -103,6 +103,7 @@ def test_a_model_of_ones_own_gets_the_originals_defaults(legacy: str, tmp_path: 
         (["--fixed-code"], "fixed_code", True),
         (["--skip-grid", "--skip_save"], "skip_save", True),
         (["--scale=-1.5"], "scale", -1.5),
+        (["--negative_prompt", "--red-ish thing"], "negative_prompt", "--red-ish thing"),
         (["--H", "80"], "H", 80),
         (["--watermark_text", "me"], "watermark_text", "me"),
     ],
@@ -169,7 +170,92 @@ def test_strength_lies_in_0_to_1(ckpt: str, tmp_path: Path):
     for strength in ("-0.1", "1.1", "nan"):
         with pytest.raises(UserError, match=r"--strength .* must lie in 0 to 1"):
             parse("img2img", own(ckpt, "--init-img", str(tmp_path / "init.png"), "--strength", strength))
-    assert parse("img2img", own(ckpt, "--init-img", str(tmp_path / "init.png"), "--strength", "1")).strength == 1.0
+    base = own(ckpt, "--init-img", str(tmp_path / "init.png"))
+    for strength in (0.0, 0.25, 1.0):
+        assert parse("img2img", [*base, "--strength", str(strength)]).strength == strength  # of 4 steps
+    with pytest.raises(UserError, match=r"--strength 0\.2 of 4 steps is less than a step: give --steps 5 or more"):
+        parse("img2img", [*base, "--strength", "0.2"])
+
+
+def jsonl(tmp_path: Path, *lines: dict[str, object]) -> str:
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(tmp_path / "p.jsonl")
+
+
+def test_every_line_may_bring_its_own_picture(legacy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Then the run needs none; and as with one for the run, each decides the size where nothing else does."""
+    monkeypatch.chdir(tmp_path)
+    for name, size in (("wide", (96, 48)), ("high", (40, 100))):
+        Image.new("RGB", size).save(f"{name}.png")
+        Image.new("L", size, 255).save(f"{name}-mask.png")
+    base = ["--ckpt", legacy, "--safety", "off", "--from-file"]
+    lines = [{"prompt": "x", "init_img": "wide.png"}, {"prompt": "y", "init_img": "high.png", "strength": 0.5}]
+
+    def sizes(options) -> list[tuple[int, int]]:
+        found = [dataclasses.replace(options, **line.overrides) for line in options.prompts]
+        return [(each.W, each.H) for each in found]
+
+    assert sizes(parse("img2img", [*base, jsonl(tmp_path, *lines)])) == [(96, 48), (32, 96)]
+    assert sizes(parse("img2img", [*base, jsonl(tmp_path, *lines), "--H", "64", "--W", "80"])) == [(80, 64), (80, 64)]
+    assert sizes(parse("img2img", [*base, jsonl(tmp_path, lines[0], {**lines[1], "H": 16, "W": 16})])) == [(96, 48), (16, 16)]
+    assert sizes(parse("img2img", [*base, jsonl(tmp_path, lines[1], {"prompt": "z"}), "--init-img", "wide.png"])) == [(32, 96), (96, 48)]
+    masked = [{**line, "mask": line["init_img"].replace(".", "-mask.")} for line in lines]
+    assert sizes(parse("inpaint", [*base, jsonl(tmp_path, *masked)])) == [(96, 48), (32, 96)]
+    for task, wrong, message in (
+        ("img2img", [lines[0], {"prompt": "z"}], "^line 2: img2img needs a picture"),
+        ("img2img", [{"prompt": "z"}], "^img2img needs a picture"),
+        ("img2img", [lines[0], {"prompt": "z", "init_img": 3}], "^line 2: init_img 3 must be of type str"),
+        ("inpaint", [masked[0], lines[1]], "^line 2: inpainting needs a mask"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse(task, [*base, jsonl(tmp_path, *wrong)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--repeat", "2"], "--repeat repeats the lines of --from_file"),
+        (["--progress_every", "2"], "--progress_every says nothing without --save_progress"),
+        (["--n_rows", "2", "--skip_grid"], "--n_rows says nothing where no grid is saved"),
+        (["--watermark_text", "me", "--watermark", "none"], "--watermark_text says nothing with --watermark none"),
+        (["--safety_ckpt", "."], "--safety_ckpt says nothing with --safety off"),
+        (["--negative_prompt", "blue", "--scale", "1"], "--negative_prompt says nothing at --scale 1"),
+        (["--guidance_rescale", "0.5", "--scale", "1"], "--guidance_rescale says nothing at --scale 1"),
+    ],
+)
+def test_a_flag_that_would_change_nothing_is_refused(ckpt: str, flags: list[str], message: str):
+    with pytest.raises(UserError, match="^" + message):
+        parse("txt2img", own(ckpt, *flags))
+
+
+def test_guidance_needs_a_class_that_stands_for_nothing(tmp_path: Path):
+    """ImageNet's 1000 classes of cin256 have none, the 1001 of cin256-v2 do."""
+    (tmp_path / "m.ckpt").write_bytes(b"")
+    base = ["--ckpt", str(tmp_path / "m.ckpt"), "--safety", "off", "-n", "1000", "--config"]
+    plain, guided = str(REPO / "models/ldm/cin256/config.yaml"), str(REPO / "configs/latent-diffusion/cin256-v2.yaml")
+    assert parse("sample_diffusion", [*base, plain]).scale == 1.0 and parse("sample_diffusion", [*base, guided]).scale == 1.5
+    assert [parse("sample_diffusion", [*base, config]).prompts[-1] for config in (plain, guided)] == ["class 999"] * 2
+    assert parse("sample_diffusion", [*base, guided, "--n_samples", "1001"]).prompts[-1] == "class 0"
+    with pytest.raises(UserError, match="none of this model's 1000 classes stands for nothing"):
+        parse("sample_diffusion", [*base, plain, "--scale", "3"])
+
+
+def test_guidance_of_single_lines_is_looked_at(ckpt: str, tmp_path: Path):
+    base = ["--ckpt", ckpt, "--safety", "off", "--negative_prompt", "blue", "--scale", "1", "--from-file"]
+    assert parse("txt2img", [*base, jsonl(tmp_path, {"prompt": "x", "scale": 3}, {"prompt": "y"})]).negative_prompt == "blue"
+    with pytest.raises(UserError, match=r"^line 2: negative_prompt says nothing at scale 1"):
+        parse("txt2img", [*base, jsonl(tmp_path, {"prompt": "x", "scale": 3}, {"prompt": "y", "negative_prompt": "red"})])
+
+
+def test_the_size_of_an_upscaled_picture_follows_from_it(tmp_path: Path):
+    (tmp_path / "m.ckpt").write_bytes(b"")
+    Image.new("RGB", (24, 40)).save(tmp_path / "small.png")
+    base = ["--config", str(REPO / "configs/stable-diffusion/x4-upscaling.yaml"), "--ckpt", str(tmp_path / "m.ckpt"), "--safety", "off"]
+    line = {"prompt": "x", "init_img": str(tmp_path / "small.png")}
+    found = parse("upscale", [*base, "--from-file", jsonl(tmp_path, line)]).prompts[0].overrides
+    assert {"H": 160, "W": 96, "small_height": 40, "small_width": 24}.items() <= found.items()
+    with pytest.raises(UserError, match="unknown key 'H'"):
+        parse("upscale", [*base, "--from-file", jsonl(tmp_path, {**line, "H": 32})])
 
 
 def test_no_safety_weights_is_a_refusal_that_names_the_flags(ckpt: str):

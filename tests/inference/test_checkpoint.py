@@ -187,7 +187,45 @@ def test_allowed_and_ignored_names(tmp_path: Path) -> None:
     assert report.unexpected == ("other.weight",)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path: Path) -> None:
+    for dtype in (torch.int8, torch.complex64):
+        content = {**state(1, ema=False), WEIGHT: torch.ones(4, 3, dtype=dtype)}
+        with pytest.raises(CheckpointError, match=f"no real numbers in {WEIGHT} {str(dtype)[6:]}"):
+            load_weights(Averaged(), save(content, tmp_path / "m.ckpt"))
+
+
+def test_eight_bit_floats_are_read(tmp_path: Path) -> None:
+    source = {name: value.to(torch.float8_e4m3fn) for name, value in state(1, ema=False).items()}
+    model = Averaged()
+    load_weights(model, save_weights(source, tmp_path / "m.safetensors"))
+    assert torch.equal(model.state_dict()[WEIGHT], source[WEIGHT].float())
+
+
+def test_the_models_own_spelling_wins_over_another(tmp_path: Path) -> None:
+    content = state(1, ema=False)
+    want = content[WEIGHT].clone()
+    for twice in ({"module." + WEIGHT: want + 1, **content}, {**content, "module." + WEIGHT: want + 1}):
+        path, model = save(twice, tmp_path / "m.ckpt"), Averaged()
+        assert "1 tensors in two spellings" in load_weights(model, path).notes[0]
+        assert torch.equal(model.state_dict()[WEIGHT], want)
+        assert torch.equal(read_state_dict(save_weights(twice, tmp_path / "m.safetensors", overwrite=True))[WEIGHT], want)
+
+
+@pytest.mark.parametrize("mode", ["auto", "raw"])
+def test_tensors_of_a_meta_model_share_no_memory(tmp_path: Path, mode: str) -> None:
+    """An average that starts from the weights must not follow them when they are trained."""
+    source = state(1, ema=mode == "raw")
+    with torch.device("meta"):
+        model = Averaged(ema=True)
+    model.alphas_cumprod = torch.linspace(1, 0, 5)
+    model.model_ema.decay, model.model_ema.num_updates = torch.tensor(0.9), torch.tensor(0)
+    load_weights(model, save(source, tmp_path / "m.ckpt"), ema=mode)
+    with torch.no_grad():
+        model.model.diffusion_model[0].weight.add_(1)
+    assert torch.equal(model.state_dict()[SHADOW], source[WEIGHT])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module.", "_forward_module.module."])
 def test_wrapper_prefixes(tmp_path: Path, prefix: str) -> None:
     source = state(1, ema=False)
     model = Averaged()
@@ -209,10 +247,15 @@ def test_harmless_names_may_be_there_or_not(tmp_path: Path) -> None:
         "denoiser.sigmas",
         "model_ema.decay",
         "v_pred",
+        "cond_stage_model.logit_scale",
+        "cond_stage_model.transformer.text_projection.weight",
+        "cond_stage_model.transformer.vision_model.post_layernorm.weight",
+        "conditioner.embedders.0.logit_scale",
     ):
         content[name] = torch.zeros(2)
     report = load_weights(Averaged(), save(content, tmp_path / "m.ckpt"))
-    assert len(report.dropped) == 9
+    assert len(report.dropped) == 13
+    assert not key_names.is_harmless("conditioner.embedders.1.model.text_projection")
     assert not key_names.is_harmless("model.diffusion_model.loss_head.weight")
 
 
@@ -308,6 +351,16 @@ def test_saving_never_overwrites_by_accident(tmp_path: Path) -> None:
         save_weights({"w": torch.ones(2)}, tmp_path / "m.ckpt")
 
 
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for target in (tmp_path / "file" / "m.safetensors", tmp_path / "folder.safetensors"):
+        with pytest.raises(UserError, match=f"cannot write {target}: ") as error:
+            save_weights({"w": torch.zeros(2)}, target, overwrite=True)
+        assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
+
+
 def test_saving_tensors_that_share_memory_or_leave_the_range(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4)
     path = save_weights({"a": base, "b": base, "c": base[1:].T}, tmp_path / "m.safetensors")
@@ -316,6 +369,12 @@ def test_saving_tensors_that_share_memory_or_leave_the_range(tmp_path: Path) -> 
     with pytest.raises(UserError, match="outside the range of float16"):
         save_weights({"a": torch.tensor([1e6])}, tmp_path / "n.safetensors", dtype=torch.float16)
     assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_levels_of_compiled_and_sharded_networks_and_of_their_averages() -> None:
+    for level in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        assert key_names.published(f"model.diffusion_model.{level}.out.2.{level}.weight") == "model.diffusion_model.out.2.weight"
+    assert key_names.published("model_ema.diffusion_model_orig_modout2weight") == "model_ema.diffusion_modelout2weight"
 
 
 def test_published_names() -> None:

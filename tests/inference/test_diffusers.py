@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,18 @@ def there_and_back(folder: Path, tmp_path: Path, pipeline: str) -> Path:
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "again", local_files_only=True)
     assert type(loaded).__name__ == pipeline
     return tmp_path / "model.safetensors"
+
+
+def test_sdxl_with_zero_terminal_snr(folders: dict, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folders["sdxl"][0], tmp_path / "folder"))
+    settings = folder / "scheduler" / "scheduler_config.json"
+    changed = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **changed}))
+    path = there_and_back(folder, tmp_path, "StableDiffusionXLPipeline")
+    for model in (load(folder), load(path), load(tmp_path / "again")):
+        assert model.parameterization == "v" and model.schedule.abar[-1] == 0.0
+    again = json.loads((tmp_path / "again" / "scheduler" / "scheduler_config.json").read_text())
+    assert changed.items() <= again.items()
 
 
 @torch.no_grad()

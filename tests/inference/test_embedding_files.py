@@ -63,11 +63,18 @@ class Harmful:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.pt", {"string_to_param": Harmful()}, r"is refused: it asks for \w+.system, which no embedding needs; nothing of it was run"),
+        (
+            "bad.pt",
+            {"string_to_param": Harmful()},
+            r"is refused: it asks to run \w+.system, which weights never need; nothing of it was run",
+        ),
         ("empty.pt", {"step": 3}, "holds no vectors"),
         ("many.bin", {"a": VECTORS, "b": VECTORS, "c": VECTORS}, r"is no embedding of a word: it holds 3 tensors \(a \[3, 32\]"),
         ("lora.safetensors", {"x.lora_up.weight": VECTORS, "x.lora_down.weight": VECTORS + 1}, "name a LoRA by --lora"),
         ("numbers.bin", {"<a>": torch.ones(3, 32, dtype=torch.int64)}, "is no embedding of a word"),
+        ("list.bin", [VECTORS], "holds list, not a dictionary"),
+        ("huge.bin", {"<a>": torch.zeros(1).expand(10**6, 32)}, "claim 128,000,000 bytes"),
+        ("empty.bin", {"<a>": torch.empty(3, 32, device="meta")}, "without values"),
     ],
 )
 def test_what_is_no_embedding(tmp_path, monkeypatch, name, content, message):
@@ -81,7 +88,7 @@ def test_what_is_no_embedding(tmp_path, monkeypatch, name, content, message):
 def test_a_file_that_is_cut_short(tmp_path):
     torch.save({"<a>": VECTORS}, tmp_path / "a.pt")
     (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:400])
-    with pytest.raises(CheckpointError, match="damaged or cut short"):
+    with pytest.raises(CheckpointError, match="is cut short"):
         read_embedding(tmp_path / "a.pt")
 
 

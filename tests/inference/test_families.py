@@ -154,9 +154,13 @@ def test_sdxl_that_predicts_v(tmp_path: Path) -> None:
     config, _ = resolve_model(None, str(path))
     assert config_prediction(config) == "v"
     assert (read_facts(config).image_size, read_facts(config).factor, identify(path).layout) == (128, 8, "sgm")
-    path = header_only(tmp_path / "n.safetensors", {**shapes, "ztsnr": torch.Size([0])})
-    with pytest.raises(ConfigError, match="zero terminal SNR is not supported"):
+    path = header_only(tmp_path / "n.safetensors", {**shapes, "v_pred": torch.Size([0]), "ztsnr": torch.Size([0])})
+    denoiser = instantiate_from_config(resolve_model(None, str(path))[0]["model"]["params"]["denoiser_config"])
+    assert denoiser.discretization.alphas_cumprod[-1] == 0.0 and denoiser.sigmas.isfinite().all()
+    path = header_only(tmp_path / "o.safetensors", {**shapes, "ztsnr": torch.Size([0])})
+    with pytest.raises(ConfigError, match="zero terminal SNR needs a prediction of v"):
         resolve_model(None, str(path))
+    assert config_prediction(resolve_model(None, str(path), "v")[0]) == "v"
 
 
 def test_spellings_are_seen_through(sd1_shapes: dict, tmp_path: Path) -> None:

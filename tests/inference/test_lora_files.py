@@ -276,6 +276,12 @@ def lora(name: str, rank: int = 2, inner: int = 64, outer: int = 64) -> dict[str
         ({f"{GOOD}.hada_w1_a": torch.randn(2, 2)}, "LoHa is not supported"),
         (lora(GOOD) | {f"{GOOD}.dora_scale": torch.randn(64, 1)}, "DoRA is not supported"),
         ({"emb_params": torch.randn(2, 768)}, "no layer of a LoRA is called that"),
+        (lora(GOOD) | {f"{GOOD}.alpha": torch.ones(2)}, "proj_in has no finite numbers in alpha"),
+        (lora(GOOD) | {f"{GOOD}.alpha": torch.tensor(float("nan"))}, "proj_in has no finite numbers in"),
+        (lora(GOOD) | {f"{GOOD}.lora_up.weight": torch.full((64, 2), float("inf"))}, "proj_in has no finite numbers in"),
+        (lora(GOOD) | {f"{GOOD}.lora_up.weight": torch.ones(64, 2, dtype=torch.int8)}, "proj_in has no finite numbers in up"),
+        (lora(GOOD, rank=0), "proj_in has no finite numbers in"),
+        (lora(GOOD) | lora("lora_unet_middle_block_1_proj_in"), "changes one weight twice, as .* and as "),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, tensors, message):

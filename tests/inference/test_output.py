@@ -76,6 +76,24 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path, monkeypat
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
+def test_room_for_a_giant_picture_is_not_found_by_writing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written: list[int] = []
+    monkeypatch.setattr(output, "_MOST_TRIED", 100)
+    whole = output._write_temporary
+    monkeypatch.setattr(output, "_write_temporary", lambda folder, data: written.append(len(data)) or whole(folder, data))
+    OutputFolder(tmp_path).check(1000)
+    assert written == [100, 100] and not [p for p in tmp_path.rglob("*") if p.is_file()]
+    with pytest.raises(UserError, match="No space left on device"):
+        OutputFolder(tmp_path).check(2**62)
+
+
+def test_text_that_is_no_unicode_is_kept(tmp_path: Path):
+    """Bytes of a command line that are no UTF-8 come as lone surrogates."""
+    path = OutputFolder(tmp_path).save_sample(PICTURE, metadata_texts(record(prompt="red \udcff")))
+    text = Image.open(path).text  # type: ignore[attr-defined]
+    assert json.loads(text[output.METADATA_KEY])["prompt"] == "red \udcff" and text["parameters"].startswith("red \\udcff\n")
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be made"):

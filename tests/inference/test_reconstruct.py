@@ -71,6 +71,15 @@ def test_the_stage_is_the_same_whole_or_alone(folder: Path):
         load_first_stage(SHIPPED_CONFIG, SHIPPED_WEIGHTS, ema="ema")
 
 
+def test_averages_of_the_network_are_none_of_the_first_stage(folder: Path):
+    state = read_state_dict(SHIPPED_WEIGHTS)
+    name = "model.diffusion_model.time_embed.0.weight"
+    both = {**state, "model_ema." + name.removeprefix("model.").replace(".", ""): state[name]}
+    with pytest.raises(CheckpointError, match="no averaged weights of its first stage"):
+        load_first_stage(SHIPPED_CONFIG, save_weights(both, folder / "both.safetensors"), ema="ema")
+    load_first_stage(SHIPPED_CONFIG, folder / "both.safetensors")
+
+
 def test_the_shipped_first_stage_measures_about_34_decibels():
     from ldm.data.shapes_world import render, sample_scene
 

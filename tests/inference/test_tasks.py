@@ -257,26 +257,15 @@ def test_a_depth_map_makes_midas_unnecessary(zoo, folder: Path, tmp_path: Path, 
         config.read_text().replace("target: torch.nn.Identity\n    unet", "target: ldm.modules.midas.api.MiDaSInference\n    unet")
     )
     write_depth("depth.png", np.arange(64 * 128).reshape(64, 128))
-    argv = [
-        "--ckpt",
-        str(weights),
-        "--safety",
-        "off",
-        "--prompt",
-        "x",
-        "--depth",
-        "depth.png",
-        "--n_samples",
-        "1",
-        "--steps",
-        "2",
-        "--outdir",
-        "out",
-    ]
-    assert main("depth2img", argv) == 0
+    base = ["--ckpt", str(weights), "--safety", "off", "--n_samples", "1", "--steps", "2", "--outdir", "out"]
+    assert main("depth2img", [*base, "--prompt", "x", "--depth", "depth.png"]) == 0
     assert picture("out/samples/00000.png").shape == (64, 128, 3)
-    argv[argv.index("--depth")] = "--init-img"
-    assert main("depth2img", argv) == 2 and "give the depth map by --depth FILE" in capsys.readouterr().err
+    lines = [{"prompt": text, "depth": "depth.png"} for text in "ab"]
+    Path("maps.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main("depth2img", [*base, "--from-file", "maps.jsonl"]) == 0  # each line has its own
+    assert picture("out/samples/00002.png").shape == (64, 128, 3)
+    assert main("depth2img", [*base, "--prompt", "x", "--init-img", "depth.png"]) == 2
+    assert "give the depth map by --depth FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

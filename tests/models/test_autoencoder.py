@@ -164,6 +164,24 @@ def test_get_input_is_float_channels_first_and_contiguous():
     assert model.get_input({"mask": torch.zeros(2, 16, 12)}, "mask").shape == (2, 1, 16, 12)
 
 
+def test_pictures_leave_no_trace_in_checkpoints():
+    """Colours for label maps are made when they are first shown: a resumed training knows no such key."""
+    model = A.AutoencoderKL(SMALL | dict(in_channels=5, out_ch=5), NO_LOSS, embed_dim=4)
+    keys = set(model.state_dict())
+    assert model.log_images({"image": torch.rand(1, 16, 16, 5)})["inputs"].shape == (1, 3, 16, 16)
+    assert set(model.state_dict()) == keys
+
+
+def test_log_images_of_the_first_pictures():
+    batch = {"image": torch.rand(3, 16, 16, 3)}
+    for model in (kl_model(), vq_model(NO_LOSS)):
+        assert all(len(picture) == 2 for picture in model.log_images(batch, N=2).values())
+    with pytest.raises(ConfigError, match="plot_ema needs an average"):
+        vq_model(NO_LOSS).log_images(batch, plot_ema=True)
+    with pytest.raises(ConfigError, match="no 'image'; it has jpg: set image_key"):
+        kl_model().log_images({"jpg": batch["image"]})
+
+
 def test_log_images():
     batch = {"image": torch.rand(2, 16, 16, 3)}
     pictures = kl_model().log_images(batch)

@@ -55,6 +55,9 @@ def test_published_schedule_attributes(reference):
         outputs |= {prefix + name: getattr(sampler, name) for name in names} | {prefix + "timesteps": sampler.ddim_timesteps}
     ref.check_all(outputs)
     assert sampler.ddpm_num_timesteps == 1000 and sampler.schedule == "linear"
+    abar = torch.from_numpy(sampler.noise_schedule.abar).float()
+    assert torch.equal(sampler.alphas_cumprod, abar)
+    torch.testing.assert_close(sampler.sqrt_one_minus_alphas_cumprod, (1 - abar.double()).sqrt().float(), rtol=1e-4, atol=0)
 
 
 def test_published_img2img(reference):

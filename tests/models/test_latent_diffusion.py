@@ -192,6 +192,18 @@ def test_dropout_of_labels_and_a_key_that_is_not_there():
         model._drop_conditioning(batch())
 
 
+@pytest.mark.parametrize("rule", [0.1, {"val": ""}, {"p": 1.5}, {"p": 0.1, "value": ""}])
+def test_wrong_dropout_is_told_when_the_model_is_built(rule):
+    with pytest.raises(ConfigError, match=r"ucg_training.caption is .*: give \{p: share"):
+        latent_model(ucg_training={"caption": rule})
+
+
+def test_dropout_of_numbers_needs_a_number():
+    model = latent_model(ucg_training={"class_label": {"p": 0.5}})
+    with pytest.raises(ConfigError, match=r"ucg_training\.class_label has no val"):
+        model._drop_conditioning({"class_label": torch.arange(4)})
+
+
 def test_conditioning_is_dropped_in_training_only():
     model = model_of(ucg_training={"caption": {"p": 1.0, "val": ""}})
     model.log_dict = lambda *args, **kwargs: None  # no trainer
@@ -561,9 +573,17 @@ def test_quantising_without_a_codebook():
 
 
 def test_scale_by_std_and_a_scale_exclude_each_other():
-    model = model_of(scale_by_std=True, scale_factor=0.5)
+    model = model_of(scale_by_std=True, scale_factor=0.18215)  # no float32
     with pytest.raises(ConfigError, match="drop scale_factor"):
         model.on_train_batch_start(batch(), 0)
+
+
+def test_start_weights_bring_their_scale():
+    """`--init_from` fills the model after it is built: what it brings is neither measured anew nor an error."""
+    model = model_of(scale_by_std=True)
+    model.load_state_dict({**model.state_dict(), "scale_factor": torch.tensor(0.3)})
+    model.on_train_batch_start(batch(), 0)
+    assert float(model.scale_factor) == pytest.approx(0.3)
 
 
 def test_positional_encodings_are_refused():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ldm.inference.checkpoint import load_weights, save_weights
 from ldm.inference.weights.key_names import published
+from ldm.models.diffusion.registry import make_sampler
 from ldm.models.diffusion.sgm import denoiser_scaling, discretizer, guiders, loss_weighting, sampling, sampling_utils, sigma_sampling
 from ldm.models.diffusion.sgm.denoiser import DiscreteDenoiser
 from ldm.models.diffusion.sgm.engine import DiffusionEngine
@@ -437,6 +438,22 @@ def test_engine_draws_pictures():
     assert all(torch.isfinite(v).all() for v in pictures.values())
     half = model.half()
     assert half.decode_first_stage(torch.randn(1, 4, 8, 8)).dtype == torch.float16
+
+
+def test_engine_with_zero_terminal_snr():
+    """Pure noise is the last timestep for the samplers of LDM, and a finite level for those over noise levels; both draw."""
+    levels = {**LEGACY, "params": {"rescale_betas_zero_snr": True}}
+    denoiser = {**DENOISER, "scaling_config": {"target": SG + "denoiser_scaling.VScaling"}, "discretization_config": levels}
+    settings = {"denoiser_config": {"target": SG + "denoiser.DiscreteDenoiser", "params": denoiser}, "sampler_config": SAMPLER}
+    model = engine(**settings).eval()
+    assert model.schedule is not None and model.schedule.abar[-1] == 0.0
+    assert model.denoiser.sigmas[-1] == 4096.0 and (model.denoiser.sigmas.diff() > 0).all()
+    assert all(torch.isfinite(v).all() for v in model.log_images(batch(), N=2).values())
+    cond = model.conditioner(batch())
+    for name in ("ddim", "plms", "euler_a", "fast"):
+        made = make_sampler(name, model, spacing="trailing")
+        drawn, _ = made.sample(4, 2, (4, 8, 8), cond, verbose=False)
+        assert made.grid.abar[0] == 0.0 and torch.isfinite(drawn).all()
 
 
 def test_checkpoints_of_the_engine_come_back(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.training.callbacks import ImageLogger, ProgressLog, batch_items, plot_metrics, read_metrics
+from ldm.training.callbacks import ImageLogger, ProgressLog, plot_metrics, read_metrics
+from ldm.training.progress import batch_items
 from ldm.training.state import LastCheckpoint, StepCheckpoint
 
 
@@ -50,6 +51,24 @@ def test_curves_go_on_after_a_resume(train: Callable[..., Path]) -> None:
     folder = train("lightning.trainer.max_steps=3")
     train("lightning.trainer.max_steps=6", resume=folder)
     assert [step for step, _ in read_metrics(folder)["train/loss"]] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_line_of_the_log_that_a_kill_has_cut(tmp_path: Path) -> None:
+    path = tmp_path / "csv" / "version_0" / "metrics.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("epoch,step,train/loss\n0,1,0.5\n0,2,0.25\n0,3,1.2e-")
+    assert read_metrics(tmp_path) == {"train/loss": [(1, 0.5), (2, 0.25)]}
+
+
+def test_what_log_images_does_not_know(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    params = "lightning.callbacks.image_logger.params={batch_frequency: 1, log_images_kwargs: {ddim_stps: 20}}"
+    train("lightning.callbacks.image_logger.target=main.ImageLogger", params, code=2)
+    assert "does not know ddim_stps; it takes N, split" in capsys.readouterr().err
+
+
+def test_test_data_of_a_model_without_a_test(train: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    train("data.params.test.target=tests.training.toy.NoisyData")
+    assert "data.params.test is not used: ToyModel has no test" in caplog.text
 
 
 def test_no_matplotlib_no_plot(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from ldm.training.cli import main, merge_configs, parse_args
-from ldm.training.run import RunFolder, learning_rate, locate
+from ldm.training.run import RunFolder, claim, learning_rate, locate
 from ldm.training.trainer_args import trainer_arguments
 from ldm.util import ConfigError
 from tests.training.conftest import CONFIG, last
@@ -62,6 +62,7 @@ def test_public_addresses() -> None:
         (["-t"], "no config"),
         (["--seed", "x"], "invalid int value"),
         (["--resume", "nowhere", "-t"], "no such folder or file"),
+        (["--base", "CONFIG", "-t", "--init_ema", "raw"], "--init_ema raw chooses among the weights of --init_from"),
         (["--base", "CONFIG", "-t", "notapair"], "'notapair' is neither a flag nor a key=value pair"),
         (["--base", "CONFIG", "=3", "-t"], "'=3' is neither a flag nor a key=value pair"),
         (["--base", "CONFIG", "a=[1", "-t"], "cannot read 'a=[1'"),
@@ -72,6 +73,7 @@ def test_public_addresses() -> None:
         (["--base", "CONFIG", "model.base_learning_rate=fast", "-t"], "'fast' is not a number"),
         (["--base", "CONFIG", "data.params.batch_size=0", "-t"], "batch_size is 0"),
         (["--base", "CONFIG", "--gpus", "0", "-t"], "gpus 0 is ambiguous"),
+        (["--base", "CONFIG", "--gpus", "0,1", "--devices", "1", "-t"], "leave out --gpus, or --accelerator and --devices"),
         (["--base", "CONFIG", "--devices", "two", "-t"], "devices 'two' is not understood"),
         (["--base", "CONFIG", "--accelerator", "abacus", "-t"], "abacus"),
         (
@@ -157,8 +159,8 @@ def test_folders(tmp_path: Path) -> None:
 def test_two_runs_of_one_second(tmp_path: Path) -> None:
     for name in ("NOW_a", "NOW_a-2", "NOW_a-3"):
         folder = locate(parse_args(["-b", "a.yaml", "--logdir", str(tmp_path)]), "NOW")
-        assert folder.path.name == name
-        folder.path.mkdir()
+        assert claim(folder).path == tmp_path / name
+        assert (tmp_path / name).is_dir(), "made at once: another start of this second must find it"
 
 
 def test_record_beside_the_run(train: Callable[..., Path]) -> None:
@@ -186,6 +188,23 @@ def test_resume_from_a_file_and_with_another_config(train: Callable[..., Path], 
     path = folder / "checkpoints" / "last.ckpt"
     assert main(["-r", str(path), "-t", "--trust", "tests", "lightning.trainer.max_steps=5"]) == 0
     assert last(folder)["global_step"] == 5
+
+
+def test_variables_of_a_config_stay_variables(train: Callable[..., Path], config: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Data that has moved is named once when a run is resumed, as it was when it began."""
+    content = {**CONFIG, "items": 30}
+    content["data"] = {**CONFIG["data"], "params": {**CONFIG["data"]["params"]}}
+    content["data"]["params"]["train"] = {"target": "tests.training.toy.NoisyData", "params": {"size": "${items}"}}
+    config.write_text(yaml.safe_dump(content))
+    folder = train("lightning.trainer.max_steps=2")
+    train("items=10", "lightning.trainer.max_steps=3", resume=folder)
+    assert "NoisyData, 10 items an epoch" in caplog.text
+
+
+def test_flags_that_a_resume_would_ignore(train: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train("lightning.trainer.max_steps=2")
+    assert main(["-r", str(folder), "-t", "-n", "other", "--init_from", "w.ckpt", "--trust", "tests"]) == 2
+    assert "leave out --init_from, --name" in capsys.readouterr().err
 
 
 def test_what_a_config_leaves_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

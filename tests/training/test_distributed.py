@@ -7,14 +7,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from ldm import util
-from ldm.inference.checkpoint import load_weights
+from ldm.inference.checkpoint import load_weights, read_state_dict
+from ldm.inference.weights.prune import prune
 from ldm.processes import is_first, label, rank_and_world, started_by_another
+from ldm.training.distributed import use_strategy
 from ldm.training.sharding import find_blocks, find_networks
 from ldm.util import ConfigError, UserError, instantiate_from_config
 from tests.training import conftest, spread
@@ -116,6 +119,37 @@ def test_same_weights(together: Callable, alone: Callable[..., Path], strategy: 
     assert_close(alone(*CLIPPED, name="one"), together(strategy, *words, variables=variables))
 
 
+def test_an_autoencoder_with_a_discriminator(together: Callable, config: Path) -> None:
+    """Its two optimizers take turns, so that each backward pass leaves parameters out: plain ddp refuses the second batch."""
+    size = {"z_channels": 2, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1}
+    loss = {"disc_start": 1, "disc_num_layers": 1, "perceptual_weight": 0.0}
+    params = {
+        "embed_dim": 2,
+        "ddconfig": {**size, "double_z": True, "attn_resolutions": [], "dropout": 0.0, "num_groups": 4},
+        "lossconfig": {"target": "ldm.modules.losses.LPIPSWithDiscriminator", "params": loss},
+    }
+    model = {"base_learning_rate": 0.01, "target": "ldm.models.autoencoder.AutoencoderKL", "params": params}
+    items = {"target": "ldm.data.shapes.ShapesDataset", "params": {"size": 16, "image_size": 32, "seed": 1}}
+    data = {**spread.CONFIG["data"], "params": {"batch_size": 2, "num_workers": 0, "train": items}}
+    config.write_text(yaml.safe_dump({**spread.CONFIG, "model": model, "data": data}))
+    state = last(together("ddp", steps(3)))
+    assert state["generator_steps"] == 3 and state["optimizer_states"][1]["state"][0]["step"] == 2
+
+
+def test_unused_parameters_by_config() -> None:
+    turns, whole = SimpleNamespace(automatic_optimization=False), SimpleNamespace(automatic_optimization=True)
+    for model, strategy, devices, section, expected in (
+        (turns, "ddp", 2, {}, "ddp_find_unused_parameters_true"),
+        (turns, "auto", 2, {}, "ddp_find_unused_parameters_true"),
+        (turns, "auto", 1, {}, "auto"),
+        (whole, "ddp", 2, {}, "ddp"),
+        (whole, "ddp", 2, {"find_unused_parameters": True}, "ddp_find_unused_parameters_true"),
+    ):
+        arguments = {"strategy": strategy, "devices": devices}
+        use_strategy(arguments, section, model)
+        assert arguments["strategy"] == expected
+
+
 def test_a_resume_of_two_processes_is_exact(together: Callable, config: Path) -> None:
     """To the bit, with noise and dropout of each process's own."""
     config.write_text(yaml.safe_dump(conftest.CONFIG))
@@ -189,6 +223,9 @@ def test_a_diffusion_model_sharded(tmp_path: Path, config: Path, together: Calla
     words = [steps(3), "lightning.trainer.gradient_clip_val=0.1"]
     runs = [together("ddp", *words, name="ddp"), together("fsdp", *words, "lightning.fsdp.min_size=5000", pictures, name="fsdp")]
     assert_close(*runs, moved=False, atol=2e-5)  # three steps of 1e-3; where gradients begin as nothing, AdamW makes much of rounding
+    prune(runs[1] / "checkpoints" / "last.ckpt", tmp_path / "pruned.safetensors", dtype="float32")
+    shipped, averaged = read_state_dict(tmp_path / "pruned.safetensors"), last(runs[1])["state_dict"]
+    assert torch.equal(shipped["model.diffusion_model.out.2.weight"], averaged["model_ema.diffusion_modelout2weight"])
     assert list((runs[1] / "images" / "train").glob("samples_*.png"))
 
 

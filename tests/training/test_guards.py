@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm.training import state
 from ldm.training.cli import main
-from ldm.training.guards import explain
+from ldm.training.guards import SkipNonFinite, explain
 from ldm.training.run import compile_parts
 from ldm.util import ConfigError, UserError
 from tests.training.conftest import assert_same_weights, last
@@ -64,6 +65,19 @@ def test_too_many_in_a_row(tmp_path: Path, config: Path, capsys: pytest.CaptureF
     kept = last(next((tmp_path / "logs").glob("*_run")))
     assert kept["global_step"] == 6
     assert all(torch.isfinite(value).all() for value in kept["state_dict"].values())
+
+
+def test_one_of_two_optimizers_is_bad_for_ever() -> None:
+    """The good steps of a discriminator do not hide that the generator stands still."""
+    guard, weights = SkipNonFinite(limit=3), [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=0.1) for weight in weights]
+    trainer = SimpleNamespace(callbacks=[], global_step=0, precision_plugin=None)
+    module = SimpleNamespace(log=lambda *args, **options: None)
+    with pytest.raises(UserError, match="3 updates in a row"):
+        for _ in range(3):
+            for optimizer, weight, value in zip(optimizers, weights, (float("nan"), 1.0), strict=True):
+                weight.grad = torch.full((2,), value)
+                guard.on_before_optimizer_step(trainer, module, optimizer)
 
 
 # ---------------------------------------------------------------------- the machine

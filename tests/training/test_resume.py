@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ldm.training import run as run_module
-from ldm.training.state import AtomicCheckpointIO, isolated_rng, rng_state, set_rng_state
+from ldm.training.state import AtomicCheckpointIO, RngStateCallback, isolated_rng, rng_state, set_rng_state
 from tests.training.conftest import assert_same_weights, last
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +78,33 @@ def test_epochs(train: Callable[..., Path], models: list) -> None:
     assert_same_weights(whole, parts)
 
 
+@pytest.mark.parametrize("size", [2, 7, 8])
+@pytest.mark.parametrize("stop", [4, 8])
+def test_another_batch_size(train: Callable[..., Path], models: list, stop: int, size: int) -> None:
+    """The rest of the epoch is seen once, from the batch with the next item on, and the next epoch is whole."""
+    folder = train(steps(stop))
+    items = [i for batch in models[0].seen for i in batch]
+    done = len(items) // size * size if stop == 4 else 30
+    epoch = -(-30 // size)
+    rest = epoch - done // size if stop == 4 else 0
+    train(steps(stop + rest + epoch), f"data.params.batch_size={size}", resume=folder)
+    seen = [i for batch in models[1].seen for i in batch]
+    first, second = seen[: 30 - done], seen[30 - done :]
+    assert sorted(items[:done] + first) == sorted(second) == list(range(30))
+    assert last(folder)["epoch"] == 1
+
+
+def test_more_processes_draw_noise_of_their_own() -> None:
+    draws = []
+    for rank, step in ((0, 5), (1, 5), (2, 5), (1, 9)):
+        callback = RngStateCallback(seed=3)
+        torch.manual_seed(3)  # as every process begins
+        callback._loaded = [rng_state()]
+        callback.on_train_start(SimpleNamespace(global_rank=rank, global_step=step), None)
+        draws.append(float(torch.rand(())))
+    assert len(set(draws)) == 4
+
+
 def test_pictures_and_validation_change_nothing(train: Callable[..., Path]) -> None:
     plain = train(steps(10), name="plain")
     busy = train(steps(10), *VAL, "lightning.callbacks.image_logger.params.batch_frequency=2", name="busy")
@@ -90,10 +118,12 @@ def test_workers_change_nothing(train: Callable[..., Path]) -> None:
     assert_same_weights(train(steps(10), name="none"), train(steps(10), "data.params.num_workers=2", name="two"))
 
 
-def test_finished_run_resumes_to_nothing(train: Callable[..., Path]) -> None:
-    folder = train(steps(3))
+@pytest.mark.parametrize("manual", [False, True])
+def test_finished_run_resumes_to_nothing(train: Callable[..., Path], models: list, manual: bool) -> None:
+    folder = train(steps(3), f"model.params.manual={manual}")
     train(resume=folder)
-    assert last(folder)["global_step"] == 3
+    assert len(models[0].seen) == 3 and models[1].seen == []
+    assert last(folder)["global_step"] == 3 * (1 + manual)
 
 
 def test_max_steps_counts_batches_with_two_optimizers(train: Callable[..., Path], models: list) -> None:
@@ -161,6 +191,28 @@ def test_signals_save(train: Callable[..., Path], caplog: pytest.LogCaptureFixtu
         assert f"--resume {parts}" in caplog.text
         assert last(parts)["global_step"] == 5
         train(steps(9), "model.params.signals=null", resume=parts)
+    assert_same_weights(whole, parts)
+
+
+def test_a_signal_waits_for_accumulated_gradients(train: Callable[..., Path]) -> None:
+    """SIGTERM at the fifth batch of updates of four: a checkpoint there would lose the gradients of one batch."""
+    words = [steps(6), "lightning.trainer.accumulate_grad_batches=4"]
+    whole = train(*words, name="whole")
+    parts = train(*words, "model.params.signals={5: SIGTERM}", name="parts", code=128 + signal.SIGTERM)
+    assert last(parts)["global_step"] == 2
+    train(*words, "model.params.signals=null", resume=parts)
+    assert_same_weights(whole, parts)
+
+
+def test_a_signal_during_validation(train: Callable[..., Path], models: list) -> None:
+    """It does not wait for the validation's end, and what it saves is the state before it."""
+    words = [steps(12), *VAL, "data.params.validation.params.size=40", "lightning.trainer.val_check_interval=4"]
+    whole = train(*words, name="whole")
+    parts = train(*words, "model.params.val_signal=3", name="parts", code=128 + signal.SIGTERM)
+    assert models[1].validated == 3 < models[0].validated / 3
+    assert last(parts)["global_step"] == 4
+    train(*words, "model.params.val_signal=null", resume=parts)
+    assert models[1].seen + models[2].seen == models[0].seen
     assert_same_weights(whole, parts)
 
 

@@ -38,13 +38,21 @@ class ToyModel(pl.LightningModule):
     """Denoises with one hidden layer."""
 
     def __init__(
-        self, width: int = 8, monitor: str | None = None, manual: bool = False, signals: dict | None = None, bad: tuple = ()
+        self,
+        width: int = 8,
+        monitor: str | None = None,
+        manual: bool = False,
+        signals: dict | None = None,
+        bad: tuple = (),
+        val_signal: int | None = None,
     ) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.3), nn.SiLU(), nn.Linear(width, 3))
         self.register_buffer("ema", torch.zeros(width, 3))
         self.monitor = monitor
         self.signals = signals or {}  # batches seen -> name of a signal that this process then gets
+        self.val_signal = val_signal  # validation batch, counted from one, that gets SIGTERM
+        self.validated = 0
         self.bad = bad  # batches, counted from one, that give a NaN
         self.automatic_optimization = not manual
         self.seen: list[list[int]] = []
@@ -77,6 +85,9 @@ class ToyModel(pl.LightningModule):
         self.ema.lerp_(self.net[0].weight.detach(), 0.1)
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
+        self.validated += 1
+        if self.validated == self.val_signal:
+            os.kill(os.getpid(), signal.SIGTERM)
         self.log("val/loss", self._loss(batch))
 
     def log_images(self, batch: dict, N: int = 4, split: str = "train") -> dict[str, Tensor]:

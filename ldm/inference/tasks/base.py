@@ -56,6 +56,7 @@ class Task:
     files: ClassVar[Mapping[str, str]] = {}  # options that name pictures to read, and what these are: {"init_img": "init image"}
     # The task's own options that a line of a prompt file may set beside the common ones (`options.PER_PICTURE`).
     per_picture: ClassVar[frozenset[str]] = frozenset()
+    from_picture: ClassVar[frozenset[str]] = frozenset()  # further own options that `resolve` takes from a picture, not to be set
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # what the task's own options may be, where these are names
 
     def add_flags(self, group: argparse._ArgumentGroup) -> None:

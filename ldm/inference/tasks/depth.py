@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.imaging import load_image, nearest_legal
 from ldm.inference.tasks.base import Condition
 from ldm.inference.tasks.kinds import wrong_kind
-from ldm.inference.tasks.text import ImageOptions, ImageToImage
+from ldm.inference.tasks.text import ImageOptions, ImageToImage, strength_problems
 from ldm.util import CheckpointError, UserError
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class DepthToImage(ImageToImage):
     def check(self, options: DepthOptions, facts: ModelFacts | None) -> list[str]:
         """A picture or a depth map is there, and of one shape where both are."""
         problems = wrong_kind(self.name, options.config, ("depth",))
-        problems += _file_problems(options)
-        if options.strength is not None and not 0 <= options.strength <= 1:
-            problems.append(f"--strength {options.strength} must lie in 0 to 1")
+        problems += _file_problems(options) + strength_problems(options)
         if not options.init_img and not options.depth:
             problems.append("depth2img needs a picture whose depth is kept: --init-img FILE, or its depth: --depth FILE")
         elif not options.init_img and options.strength != 1.0:
@@ -82,8 +80,9 @@ class DepthToImage(ImageToImage):
         return found
 
     def model_config(self, options: DepthOptions, config: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """With a depth map MiDaS is not built, and its weights need not be there."""
-        if not options.depth:
+        """With depth maps for all pictures MiDaS is not built, and its weights need not be there."""
+        maps = [getattr(line, "overrides", {}).get("depth", options.depth) for line in options.prompts] or [options.depth]
+        if not all(maps):
             _require_midas(options.ckpt)
             return config, ()
         params = {**config["params"], "depth_stage_config": {"target": "torch.nn.Identity"}}

@@ -16,7 +16,7 @@ from ldm.inference.facts import read_facts
 from ldm.inference.prompts import PromptLine
 from ldm.inference.tasks.base import Condition
 from ldm.inference.tasks.kinds import wrong_kind
-from ldm.inference.tasks.text import ImageOptions, ImageToImage
+from ldm.inference.tasks.text import ImageOptions, ImageToImage, strength_problems
 from ldm.util import UserError
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ class Inpaint(ImageToImage):
         problems = wrong_kind(self.name, options.config, _KINDS)
         if facts is not None and facts.kind not in _WITH_TEXT:
             problems += text_problems(options)
-        if options.strength is not None and not 0 <= options.strength <= 1:
-            problems.append(f"--strength {options.strength} must lie in 0 to 1")
+        problems += strength_problems(options)
         if options.mask_blur < 0:
             problems.append(f"--mask_blur {options.mask_blur} must be 0 (a hard edge) or more")
         if options.indir is not None and not (options.init_img or options.mask):  # its pairs are looked at one by one
@@ -166,6 +165,8 @@ def text_problems(options: Any) -> list[str]:
     problems = []
     if options.prompt or options.negative_prompt or options.from_file:
         problems.append("this model knows no text: leave out --prompt, --negative-prompt and --from-file")
+    if options.clip_skip is not None or options.prompt_syntax != "plain":
+        problems.append("this model knows no text: leave out --clip_skip and --prompt_syntax")
     if options.scale != 1.0:
         problems.append(f"--scale {options.scale:g}: this model has no condition to be guided by; leave it out")
     return problems

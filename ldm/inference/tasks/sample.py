@@ -88,7 +88,7 @@ class SampleDiffusion(Task):
         """The model's size; guidance for classes; all timesteps with --vanilla_sample."""
         found = {**super().resolve(values, facts), "kind": facts.kind}
         if facts.kind == "class":
-            found["scale"] = 1.5
+            found["scale"] = 1.5 if _has_empty_class(facts) else 1.0
         if values.get("vanilla_sample"):
             found |= {"sampler": "ddpm", "steps": facts.timesteps, "ddim_eta": None}
         elif values.get("sampler", facts.sampling.get("sampler", "ddim")) != "ddim":
@@ -111,8 +111,8 @@ class SampleDiffusion(Task):
         """What each picture is of, in order: for classes their numbers, in turn."""
         if options.kind != "class":
             return [str(getattr(options, _FILE_OF.get(options.kind, ""), None) or "")] * options.n_samples
-        # The last class mostly stands for none.
-        classes = options.classes or range(max(int(_stage(read_facts(options.config)).get("n_classes", 1000)) - 1, 1))
+        facts = read_facts(options.config)
+        classes = options.classes or range(max(_class_count(facts) - _has_empty_class(facts), 1))
         return [f"class {classes[i % len(classes)]}" for i in range(options.n_samples)]
 
     def read(self, options: SampleOptions) -> dict[str, np.ndarray]:
@@ -163,7 +163,11 @@ def _condition_problems(options: SampleOptions, facts: ModelFacts) -> list[str]:
     if facts.kind != "class" and options.scale != 1.0:
         problems.append(f"--scale {options.scale:g}: only class-conditional models have an empty condition to be guided by; leave it out")
     if facts.kind == "class":
-        count = int(_stage(facts).get("n_classes", 1000))
+        count = _class_count(facts)
+        if options.scale != 1.0 and not _has_empty_class(facts) and not options.reproduce:
+            problems.append(
+                f"--scale {options.scale:g}: none of this model's {count} classes stands for nothing, to be guided by; leave it out"
+            )
         if wrong := [label for label in options.classes or () if not 0 <= label < count]:
             problems.append(f"--classes {' '.join(map(str, wrong))}: this model has classes 0 to {count - 1}")
     return problems + _file_problems(options, facts)
@@ -186,6 +190,15 @@ def _stage(facts: ModelFacts) -> Mapping[str, Any]:
     """Parameters of the cond stage."""
     stage = facts.params["cond_stage_config"]
     return stage.get("params") or {}
+
+
+def _class_count(facts: ModelFacts) -> int:
+    return int(_stage(facts).get("n_classes", 1000))
+
+
+def _has_empty_class(facts: ModelFacts) -> bool:
+    """Whether the last class stands for nothing. It does but for ImageNet's 1000 without dropout, where it is a thing like the others."""
+    return _class_count(facts) != 1000 or bool(_stage(facts).get("ucg_rate") or facts.params.get("ucg_training"))
 
 
 def _tokens(path: str, facts: ModelFacts) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,7 @@ class ImageToImage(Task):
         problems = wrong_kind(self.name, options.config, ("text",)) + super().check(options, facts)
         if not options.init_img:
             problems.append("img2img needs a picture to start from: --init-img FILE")
-        if options.strength is not None and not 0 <= options.strength <= 1:
-            problems.append(f"--strength {options.strength} must lie in 0 to 1")
-        return problems
+        return problems + strength_problems(options)
 
     def read(self, options: ImageOptions) -> dict[str, np.ndarray]:
         """The picture at the size of the result."""
@@ -94,3 +93,16 @@ class ImageToImage(Task):
         cond, uncond = pipeline.encode_text(batch)
         x0 = pipeline.encode(pipeline.inputs["init_img"])
         return Condition(cond, uncond, pipeline.latent_shape, x0=x0, strength=pipeline.settings.strength)
+
+
+def strength_problems(options: ImageOptions) -> list[str]:
+    """What is wrong with the share of the steps that is walked."""
+    strength = options.strength
+    if strength is None:
+        return []
+    if not 0 <= strength <= 1:
+        return [f"--strength {strength} must lie in 0 to 1"]
+    if 0 < strength * options.steps < 1 and not options.reproduce:
+        few = math.ceil(1 / strength)
+        return [f"--strength {strength:g} of {options.steps} steps is less than a step: give --steps {few} or more, or --strength 0"]
+    return []

@@ -42,7 +42,8 @@ class Unclip(Task):
     options = UnclipOptions
     defaults = {"sampler": "ddim", "steps": 50, "scale": 10.0, "n_samples": 4, "n_iter": 1, "prompt": ""}  # noqa: RUF012
     files = {"init_img": "picture", "second_img": "second picture"}  # noqa: RUF012
-    per_picture = frozenset({"noise_level"})
+    per_picture = frozenset({"init_img", "noise_level", "fit"})
+    choices = {"fit": FIT_MODES}  # noqa: RUF012
 
     def add_flags(self, group: argparse._ArgumentGroup) -> None:
         """One picture or two, and how freely they are followed."""

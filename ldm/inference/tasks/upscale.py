@@ -46,7 +46,8 @@ class Upscale(Task):
     defaults = {"sampler": "ddim", "steps": 50, "scale": 9.0, "n_samples": 1, "n_iter": 1}  # noqa: RUF012
     sizes = False
     files = {"init_img": "small picture"}  # noqa: RUF012
-    per_picture = frozenset({"noise_level"})
+    per_picture = frozenset({"init_img", "noise_level"})
+    from_picture = frozenset({"small_height", "small_width"})
 
     def add_flags(self, group: argparse._ArgumentGroup) -> None:
         """The small picture, and how much of its detail is drawn anew."""

@@ -73,9 +73,18 @@ def _described(header: dict[str, str], found: Found, config: Mapping[str, Any]) 
 
 
 def _same_schedule(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    defaults = {"beta_schedule": "linear", "linear_start": 1e-4, "linear_end": 0.02, "timesteps": 1000, "rescale_betas_zero_snr": False}
-    first, second = one["model"]["params"], other["model"]["params"]
-    return all(first.get(key, value) == second.get(key, value) for key, value in {**defaults, "scale_factor": 1.0}.items())
+    defaults = {"beta_schedule": "linear", "linear_start": 1e-4, "linear_end": 0.02, "timesteps": 1000}
+    if "denoiser_config" in one["model"]["params"]:
+        defaults = {"linear_start": 0.00085, "linear_end": 0.012, "num_timesteps": 1000}
+    defaults |= {"rescale_betas_zero_snr": False, "scale_factor": 1.0}
+    first, second = _schedule_settings(one), _schedule_settings(other)
+    return all(first.get(key, value) == second.get(key, value) for key, value in defaults.items())
+
+
+def _schedule_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    params = config["model"]["params"]
+    levels = params["denoiser_config"]["params"]["discretization_config"] if "denoiser_config" in params else {}
+    return {**params, **(levels.get("params") or {})}
 
 
 def _markers(found: Found, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

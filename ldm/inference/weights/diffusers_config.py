@@ -5,12 +5,12 @@ Every setting that our classes cannot honour is a ConfigError that names it: a f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.util import CheckpointError, ConfigError
+from ldm.inference.weights.files import read_json
+from ldm.util import ConfigError, UserError
 
 Json = dict[str, Any]
 
@@ -62,19 +62,6 @@ _OPENAI_TEXT = {(768, 12, 12): "openai/clip-vit-large-patch14", (512, 12, 8): "o
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
-def read_json(path: Path) -> Json:
-    """A JSON object. Raises CheckpointError where it is missing or no such thing."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}, so it is not (a part of) a diffusers folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return content
-
-
 def is_pipeline(folder: Path) -> bool:
     """Is it the folder of a whole model, with a part in each of its own folders?"""
     return (folder / "model_index.json").is_file() or (folder / "unet" / "config.json").is_file()
@@ -261,13 +248,23 @@ def schedule_params(settings: Json) -> Json:
 # ------------------------------------------------------------------------------------------------------------ whole models
 def config_from_folder(folder: str | Path) -> Json:
     """`{"model": {target, params}}` of a diffusers folder. Raises ConfigError for what our classes cannot be."""
-    folder = Path(folder)
+    try:
+        return _config_from_folder(Path(folder))
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(f"the settings in {folder} are damaged ({reason}): fetch or copy its JSON files again") from None
+
+
+def _config_from_folder(folder: Path) -> Json:
     unet = unet_params(read_json(folder / "unet" / "config.json"))
     vae = read_json(folder / ("vqvae" if (folder / "vqvae").is_dir() else "vae") / "config.json")
     schedule = schedule_params(read_json(folder / "scheduler" / "scheduler_config.json"))
     scale = vae.get("scaling_factor", 0.18215)
     if (folder / "text_encoder_2").is_dir():
         return {"model": _sdxl_config(folder, unet, first_stage_config(vae), schedule, scale)}
+    _check_text_width(folder, unet, ("text_encoder",))
     name, extra = _variant(folder, unet)
     params = {
         **schedule,
@@ -284,6 +281,13 @@ def config_from_folder(folder: str | Path) -> Json:
         "cond_stage_config": text_config(folder),
     }
     return {"model": {"target": _DDPM + name, "params": params}}
+
+
+def _check_text_width(folder: Path, unet: Json, names: tuple[str, ...]) -> None:
+    """Raises ConfigError unless the text encoders give what the UNet reads: one may have been left out."""
+    width = sum(read_json(folder / name / "config.json")["hidden_size"] for name in names)
+    if width != unet["context_dim"]:
+        raise ConfigError(f"{folder}: the UNet reads {unet['context_dim']} channels of text, and {' and '.join(names)} give {width}")
 
 
 def _variant(folder: Path, unet: Json) -> tuple[str, Json]:
@@ -346,8 +350,9 @@ def _unclip_params(folder: Path) -> Json:
 
 def _sdxl_config(folder: Path, unet: Json, first_stage: Json, schedule: Json, scale: float) -> Json:
     """SDXL base, or the refiner, which has the second text encoder only."""
-    if schedule.pop("rescale_betas_zero_snr", False) or schedule["beta_schedule"] != "linear":
+    if schedule["beta_schedule"] != "linear":
         raise ConfigError(f"{folder}: SDXL with another noise schedule than scaled_linear is not supported here")
+    _check_text_width(folder, unet, tuple(name for name in ("text_encoder", "text_encoder_2") if (folder / name).is_dir()))
     second = read_json(folder / "text_encoder_2" / "config.json")
     outdim = read_json(folder / "unet" / "config.json").get("addition_time_embed_dim") or 256
     numbers = (unet["adm_in_channels"] - second["projection_dim"]) // outdim
@@ -363,6 +368,8 @@ def _sdxl_config(folder: Path, unet: Json, first_stage: Json, schedule: Json, sc
     if schedule["parameterization"] not in scaling:
         raise ConfigError(f"{folder}: SDXL that predicts {schedule['parameterization']} is not supported here; eps and v are")
     betas = {"linear_start": schedule["linear_start"], "linear_end": schedule["linear_end"], "num_timesteps": schedule["timesteps"]}
+    if schedule.get("rescale_betas_zero_snr"):
+        betas["rescale_betas_zero_snr"] = True
     denoiser = {
         "num_idx": schedule["timesteps"],
         "scaling_config": {"target": f"{_SGM}denoiser_scaling.{scaling[schedule['parameterization']]}"},

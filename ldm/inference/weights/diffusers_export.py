@@ -49,10 +49,12 @@ def write_folder(state: Mapping[str, Tensor], config: Json, target: Path, metada
     if target.exists():
         raise UserError(f"{target} exists already: choose another name")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
-        _Writer({key_names.published(name): value for name, value in state.items()}, config, temporary).write(metadata or {})
+        temporary.mkdir(parents=True)
+        _Writer(key_names.spelled(state), config, temporary).write(metadata or {})
         os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -82,12 +84,15 @@ class _Writer:
         if self.name not in _PIPELINES:
             raise ConfigError(f"diffusers has no folder for a {self.name}: this model stays a single file")
         self.sgm = self.name == "DiffusionEngine"
+        self.xl = False  # with two text encoders, or the second of them alone
         self.prediction = config_prediction(config) or "eps"
         self.index: Json = {"_class_name": _PIPELINES[self.name], "_diffusers_version": VERSION}
 
     def write(self, metadata: Mapping[str, str]) -> None:
         """All parts, then what is left."""
         texts = self._texts()
+        self.xl = any(text.projected for text in texts)
+        self._check(texts)
         self._unet()
         self._vae()
         for text in texts:
@@ -102,9 +107,9 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------------------- parts
     def _unet(self) -> None:
         config = self.params["network_config" if self.sgm else "unet_config"]["params"]
-        label = "add_embedding" if self.sgm else "class_embedding"
+        label = "add_embedding" if self.xl else "class_embedding"
         settings = unet_json(config, label, read_facts(self.config).image_size)
-        if self.sgm and "num_class_embeds" not in settings:
+        if self.xl:
             settings["addition_time_embed_dim"] = self._size_channels()
         trained = self._take(_UNET)
         shadows = {name: key_names.shadows([name], "model_ema.", "model.")[name] for name in trained}
@@ -142,9 +147,19 @@ class _Writer:
                 second = _class(one) == "FrozenOpenCLIPEmbedder2"
                 prefix = f"conditioner.embedders.{number}." + ("model." if kind == OPEN_CLIP else "")
                 found.append(_Text("text_encoder_2" if second else "text_encoder", kind, prefix, one.get("params") or {}, second))
-        if not any(text.projected for text in found):
-            raise ConfigError("diffusers has no folder for SD 2 in generative-models' layout: this model stays a single file")
         return found
+
+    def _check(self, texts: list[_Text]) -> None:
+        """Raises ConfigError for a condition that none of diffusers' pipelines computes."""
+        expected = {CLIP: ("hidden",), OPEN_CLIP: ("penultimate",)} if self.xl else {CLIP: ("last",), OPEN_CLIP: ("last", "penultimate")}
+        foreign = [
+            f"features of the layer {layer}" for text in texts if (layer := text.params.get("layer", "last")) not in expected[text.kind]
+        ]
+        embedders = self.params["conditioner_config"]["params"]["emb_models"] if self.sgm else ()
+        if not texts or (not self.xl and len(embedders) > 1):
+            foreign += [f"the embedders {', '.join(_class(one) for one in embedders) or 'none'}"]
+        if foreign:
+            raise ConfigError(f"diffusers has no pipeline with {', '.join(foreign)}: this model stays a single file")
 
     def _text(self, text: _Text) -> None:
         taken = {name.removeprefix(text.prefix): value for name, value in self._take(text.prefix).items()}
@@ -165,7 +180,7 @@ class _Writer:
 
     def _particulars(self, texts: list[_Text]) -> None:
         """What only some pipelines have."""
-        if self.sgm:
+        if self.xl:
             refiner = len(texts) == 1
             self.index["force_zeros_for_empty_prompt"] = not refiner
             if refiner:
@@ -180,7 +195,8 @@ class _Writer:
         elif self.name == "LatentDepth2ImageDiffusion":
             self._depth()
         else:
-            self.index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+            absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+            self.index |= {"_class_name": _PIPELINES["LatentDiffusion"], **absent} if self.sgm else absent
 
     def _depth(self) -> None:
         prefix = "depth_model.model."
@@ -246,6 +262,7 @@ class _Writer:
             "linear_start": betas.get("linear_start", 0.00085),
             "linear_end": betas.get("linear_end", 0.0120),
             "timesteps": betas.get("num_timesteps", 1000),
+            "rescale_betas_zero_snr": betas.get("rescale_betas_zero_snr", False),
         }
 
     def _size_channels(self) -> int:

@@ -7,15 +7,17 @@ weights, which the unmarked files then hold averages of. Imports no torch at its
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.inference.weights import key_names
-from ldm.inference.weights.diffusers_config import UNET_CLASS, VAE_CLASSES, is_open_clip, is_pipeline, read_json
+from ldm.inference.weights.diffusers_config import UNET_CLASS, VAE_CLASSES, is_open_clip, is_pipeline
 from ldm.inference.weights.diffusers_names import CLIP, DEPTH, NORMALIZER, OPEN_CLIP, UNET, VAE, VISION, Recipe, shape_of, to_ours
-from ldm.inference.weights.files import Header, TensorInfo, read_header, read_tensors
+from ldm.inference.weights.families import EMBEDDED_CONFIG
+from ldm.inference.weights.files import Header, TensorInfo, read_header, read_json, read_tensors
 from ldm.util import CheckpointError
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def parts_of(folder: Path, own: Collection[str] = ()) -> list[Part]:
         parts.append(Part(second, OPEN_CLIP, f"conditioner.embedders.{int(first.is_dir())}.model."))
     elif first.is_dir():
         kind = OPEN_CLIP if is_open_clip(read_json(first / "config.json")) else CLIP
-        parts.append(Part(first, kind, "cond_stage_model." + ("model." if kind == OPEN_CLIP else "")))
+        home = "conditioner.embedders.0." if _is_of_an_engine(folder) else "cond_stage_model."
+        parts.append(Part(first, kind, home + ("model." if kind == OPEN_CLIP else "")))
     if (folder / "image_encoder").is_dir():
         parts.append(Part(folder / "image_encoder", VISION, "embedder.model.visual."))
     if (folder / "image_normalizer").is_dir():
@@ -65,6 +68,15 @@ def parts_of(folder: Path, own: Collection[str] = ()) -> list[Part]:
     if missing:
         raise CheckpointError(f"{folder} lacks the folder {', '.join(missing)}")
     return parts
+
+
+def _is_of_an_engine(folder: Path) -> bool:
+    """Was it made from a Stable Diffusion 2 in generative-models' names?"""
+    header = read_header(folder / REST).metadata if (folder / REST).is_file() else {}
+    try:
+        return "conditioner_config" in json.loads(header.get(EMBEDDED_CONFIG, "{}"))["model"]["params"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _bare_part(folder: Path, own: Collection[str]) -> Part:

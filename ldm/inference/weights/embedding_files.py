@@ -11,8 +11,6 @@ unpickler only.
 from __future__ import annotations
 
 import logging
-import pickle
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ldm.inference.checkpoint import read_metadata, save_weights
-from ldm.inference.weights.files import file_kind, read_tensors
+from ldm.inference.weights.files import check_tensors, file_kind, read_pickle, read_tensors
 from ldm.modules.textual_inversion import add_word, text_encoders, token_table
 from ldm.util import CheckpointError, UserError
 
@@ -62,22 +60,14 @@ def read_embedding(path: str | Path, word: str | None = None) -> Embedding:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asked[1]}, which no embedding needs" if asked else "it is no plain dictionary of vectors, or damaged"
-        raise CheckpointError(f"{path} is refused: {reason}; nothing of it was run. Get the embedding as .safetensors") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({str(error).splitlines()[0][:120]}): fetch or copy it again") from None
-    if isinstance(content, Mapping):
-        content = content.get("string_to_param", content)
+    content: Any = read_pickle(path, allowed=(torch.nn.ParameterDict,))
+    content = content.get("string_to_param", content)
     if isinstance(content, torch.nn.ParameterDict):
         content = vars(content)["_parameters"]
     tensors = {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise CheckpointError(f"{path} is no embedding of a word: it holds no vectors")
+    check_tensors(path, tensors)
     return tensors
 
 

@@ -18,7 +18,7 @@ from ldm.inference import facts
 from ldm.inference.facts import REPO, WEIGHTS_NAME, read_config
 from ldm.inference.weights import anatomy, key_names
 from ldm.inference.weights.anatomy import Anatomy
-from ldm.inference.weights.files import Header, TensorInfo, read_header
+from ldm.inference.weights.files import Header, TensorInfo, read_header, read_json
 from ldm.util import CheckpointError, ConfigError, UserError
 
 PREDICTIONS = ("eps", "v", "x0")
@@ -189,8 +189,6 @@ def _lora_base(tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def _scheduler(path: Path) -> dict[str, Any]:
-    from ldm.inference.weights.diffusers_config import read_json
-
     config = path / "scheduler" / "scheduler_config.json"
     return read_json(config) if config.is_file() else {}
 
@@ -243,12 +241,17 @@ def with_prediction(config: Mapping[str, Any], prediction: str, zero_snr: bool =
     params = dict(model.get("params") or {})
     if "denoiser_config" in params:
         names = {"eps": "EpsScaling", "v": "VScaling"}
-        if prediction not in names or zero_snr:
-            what = "zero terminal SNR" if prediction in names else f"prediction {prediction}"
-            raise ConfigError(f"a model of generative-models (SDXL) with {what} is not supported here")
+        if prediction not in names:
+            raise ConfigError(f"a model of generative-models (SDXL) with prediction {prediction} is not supported here")
         denoiser = dict(params["denoiser_config"])
         target = f"sgm.modules.diffusionmodules.denoiser_scaling.{names[prediction]}"
         denoiser["params"] = {**denoiser["params"], "scaling_config": {"target": target}}
+        if zero_snr and prediction == "eps":
+            raise ConfigError("zero terminal SNR needs a prediction of v: at zero SNR the noise says nothing about x0; give --prediction v")
+        if zero_snr:
+            levels = denoiser["params"]["discretization_config"]
+            betas = {**(levels.get("params") or {}), "rescale_betas_zero_snr": True}
+            denoiser["params"]["discretization_config"] = {**levels, "params": betas}
         params["denoiser_config"] = denoiser
     else:
         params["parameterization"] = prediction

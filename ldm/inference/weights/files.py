@@ -12,7 +12,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -36,22 +36,32 @@ _BYSTANDERS = (
     "collections.",
     "pathlib.",
     "ldm.",
+    "sgm.",
+    "taming.",
+    "main.",
+    "__main__.",
 )
 _BUILTINS = "dict list tuple set frozenset int float bool str bytes complex object slice range"
 _BYSTANDER_NAMES = frozenset(("argparse.Namespace", "_codecs.encode", *(f"builtins.{name}" for name in _BUILTINS.split())))
-_DTYPES = {  # of .safetensors headers
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+# Classes whose content is put in as into a dictionary or a list; any other placeholder takes its state as a whole.
+_CONTAINERS: dict[str, type] = {"defaultdict": dict, "AttributeDict": dict, "deque": list}
+_STATE_DICTS = ("state_dict", "model", "module")  # where a training program may keep the weights: Lightning, MiDaS, DeepSpeed
+_DTYPES = {  # of .safetensors headers -> (name, bytes)
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 _MAX_HEADER = 100_000_000  # bytes; what the safetensors library allows
+_MAX_GROWTH = 16  # times the size of a pickle that its tensors may claim; two names for one tensor are common, thousands are an attack
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     the file is missing, empty, truncated, of another kind, or holds objects that are not weights.
     """
     if file_kind(path) != "safetensors":
-        return _only_tensors(path, _read_pickle(path))
+        tensors = _only_tensors(path, read_pickle(path))
+        check_tensors(path, tensors)
+        return tensors
     with _open_safetensors(path) as file:
         return _only_tensors(path, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
 
@@ -92,7 +104,7 @@ def read_header(path: Path) -> Header:
     """What is in a file, without its values. Raises CheckpointError as `read_tensors`."""
     if file_kind(path) == "safetensors":
         return _safetensors_header(path)
-    tensors = _only_tensors(path, _read_pickle(path, device="meta"))
+    tensors = _only_tensors(path, read_pickle(path, device="meta"))
     return Header({name: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()})
 
 
@@ -131,6 +143,19 @@ def file_kind(path: Path) -> str:
     raise CheckpointError(f"{path} is not a weights file: a .safetensors or a PyTorch checkpoint (.ckpt, .pt) is needed")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where it is missing or no such thing."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}, so it is not (a part of) a diffusers folder") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
 # ------------------------------------------------------------------------------------------------------------ safetensors
 def _open_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
@@ -151,14 +176,25 @@ def _safetensors_header(path: Path) -> Header:
             content = json.loads(file.read(length).decode("utf-8"))
             size = os.fstat(file.fileno()).st_size - 8 - length
         metadata = {str(key): str(value) for key, value in (content.pop("__metadata__", None) or {}).items()}
-        tensors = {name: TensorInfo(_DTYPES.get(one["dtype"], one["dtype"]), tuple(one["shape"])) for name, one in content.items()}
-        if max((one["data_offsets"][1] for one in content.values()), default=0) > size:
-            raise ValueError("it is shorter than its header says")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        tensors = {name: _tensor_info(one, size) for name, one in content.items()}
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise _damaged(path, error) from None
     if not tensors:
         raise CheckpointError(f"{path} holds no weights")
     return Header(tensors, metadata)
+
+
+def _tensor_info(entry: Mapping[str, Any], size: int) -> TensorInfo:
+    """One entry of a header, held against the `size` of the data behind it. Raises ValueError."""
+    dtype, width = _DTYPES.get(entry["dtype"], (str(entry["dtype"]), None))
+    info, (begin, end) = TensorInfo(dtype, tuple(entry["shape"])), entry["data_offsets"]
+    if not all(isinstance(number, int) and number >= 0 for number in (*info.shape, begin, end)):
+        raise ValueError("its header has sizes that are no numbers")
+    if end > size:
+        raise ValueError("it is shorter than its header says")
+    if width is not None and end - begin != info.elements * width:
+        raise ValueError("its header contradicts itself")
+    return info
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -180,16 +216,20 @@ class _Inert:
         pass
 
 
-def _read_pickle(path: Path, device: str = "cpu") -> Mapping[Any, Any]:
-    """The dictionary of weights in a pickle; on the device "meta" without reading their values."""
+def read_pickle(path: Path, device: str = "cpu", allowed: Sequence[type] = ()) -> Mapping[Any, Any]:
+    """The dictionary of weights in a pickle; on the device "meta" without reading their values.
+
+    `allowed`: classes that the file may hold beside tensors and plain containers.
+    """
     import torch
 
     is_zip = file_kind(path) == "zip"
-    if is_zip and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is cut short: fetch or copy it again")
+    if is_zip:
+        _check_archive(path)
     try:
-        placeholders: list[Any] = [(_placeholder(name), name) for name in _foreign_names(path)] if is_zip else []
-        with torch.serialization.safe_globals(placeholders):
+        with torch.serialization.safe_globals(list(allowed)):
+            placeholders: list[Any] = [(_placeholder(name), name) for name in _foreign_names(path)] if is_zip else []
+        with torch.serialization.safe_globals([*allowed, *placeholders]):
             content = torch.load(path, map_location=device, weights_only=True, mmap=is_zip)
     except CheckpointError:
         raise
@@ -197,11 +237,33 @@ def _read_pickle(path: Path, device: str = "cpu") -> Mapping[Any, Any]:
         raise CheckpointError(_why_unpicklable(path, error)) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise _damaged(path, error) from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not a dictionary of weights")
-    return content
+    return next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), Mapping)), content)
+
+
+def _check_archive(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError):
+        raise CheckpointError(f"{path} is cut short: fetch or copy it again") from None
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise CheckpointError(f"{path} is a TorchScript program, not weights alone: get the model's state dict, best as .safetensors")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is a compressed archive, which torch.save never makes: unpack it, or get the model as .safetensors")
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what is no plain array of numbers, and numbers that are not in the file."""
+    import torch
+
+    odd = [n for n, t in tensors.items() if t.layout is not torch.strided or t.is_quantized or t.is_meta]
+    if odd:
+        raise CheckpointError(f"{path} has tensors that are sparse, quantised or without values: {key_names.summary(odd)}")
+    claimed, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if claimed > _MAX_GROWTH * size:
+        raise CheckpointError(f"{path} is refused: its tensors claim {claimed:,} bytes, and the file has {size:,}")
 
 
 def _foreign_names(path: Path) -> list[str]:
@@ -219,7 +281,10 @@ def _foreign_names(path: Path) -> list[str]:
 
 
 def _placeholder(name: str) -> type:
-    return type(name.rpartition(".")[2], (_Inert,), {"__module__": __name__})
+    short = name.rpartition(".")[2]
+    if (container := _CONTAINERS.get(short)) is not None:
+        return type(short, (), {"__module__": __name__, "__new__": lambda cls, *args: container()})
+    return type(short, (_Inert,), {"__module__": __name__})
 
 
 def _why_unpicklable(path: Path, error: Exception) -> str:

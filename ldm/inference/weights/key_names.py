@@ -1,16 +1,19 @@
 """Which name a tensor has in a file, and which in a model. Pure: knows names, shapes of lists, no files and no modules.
 
-One canonical spelling: that of published latent-diffusion checkpoints. Known other spellings: the prefixes of wrappers (`module.`,
-`_orig_mod.`), and CLIP text encoders without the level `text_model.` (transformers since 5.6, and some converted files).
+One canonical spelling: that of published latent-diffusion checkpoints. Known other spellings: the prefixes and levels of wrappers
+(`module.`, `_orig_mod.`), and CLIP text encoders without the level `text_model.` (transformers since 5.6, and some converted files).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
 
 from ldm.modules.diffusionmodules.schedule_names import LOSS, NOISING, POSTERIOR
 from ldm.util import CheckpointError
+
+T = TypeVar("T")
 
 # Derived from the noise schedule, so always computed from the config.
 SCHEDULE_BUFFERS = frozenset((*NOISING, *POSTERIOR, *LOSS))
@@ -24,9 +27,13 @@ _NOISED_STAGE = re.compile(r"(low_scale_model|noise_augmentor)\.")
 _HARMLESS = re.compile(
     r"(^|\.)(position_ids|loss\..*|logvar|colorize|denoiser\.sigmas|model\.attn_mask|(model_ema|cond_stage_ema)\.(decay|num_updates)"
     r"|noise_augmentor\.data_(mean|std)"
-    r"|transformer\.encoder\.embed_tokens\.weight)$"  # T5's second name of shared.weight
+    r"|transformer\.encoder\.embed_tokens\.weight"  # T5's second name of shared.weight
+    # of a whole CLIP in the place of its text encoder, as merging programs write it
+    r"|(cond_stage_model|conditioner\.embedders\.\d+)\.(transformer\.)?(logit_scale|(text|visual)_projection(\.weight)?|vision_model\..*))$"
 )
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = ("module.", "_forward_module.")  # of DDP and DeepSpeed, at the beginning
+# Of torch.compile, sharding and activation checkpointing, anywhere.
+_LEVELS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _BLOCK = re.compile(r"model\.transformer\.resblocks\.(\d+)\.")
 _FLAT_CLIP = re.compile(r"(^|\.)transformer\.(?=(embeddings|encoder\.layers|final_layer_norm)\.)")
 
@@ -52,10 +59,16 @@ def published(name: str) -> str:
 
 
 def unwrapped(name: str) -> str:
-    """`name` without the prefixes and levels that DDP and torch.compile add."""
+    """`name` without the prefixes and levels that DDP, sharding and torch.compile add."""
+    name = _LEVELS.sub("", name)
     while name.startswith(_WRAPPERS):
         name = name.partition(".")[2]
-    return name.replace("._orig_mod.", ".")
+    return name.replace("_orig_mod", "") if name.startswith("model_ema.") else name  # an average's name has lost the dots
+
+
+def spelled(tensors: Mapping[str, T]) -> dict[str, T]:
+    """The same under published names. What has such a name already wins over what is only spelled otherwise."""
+    return {published(name): value for name, value in tensors.items()} | {n: v for n, v in tensors.items() if n == published(n)}
 
 
 def match(names: Iterable[str], own: Collection[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ldm.inference.checkpoint import read_metadata, save_weights
@@ -180,6 +181,9 @@ def _file_of(path: Path) -> Path:
 
 
 def _low_rank(file: Path, path: str, factors: Mapping[str, Tensor], alphas: Any) -> LowRank:
+    broken = [r for r, v in factors.items() if not v.is_floating_point() or v.numel() < 1 or (r == "alpha" and v.numel() > 1)]
+    if broken or not all(torch.isfinite(value.float()).all() for value in factors.values()):
+        raise CheckpointError(f"{file}: {path} has no finite numbers in {', '.join(broken or factors)}; fetch or copy it again")
     layer = LowRank(factors["down"], factors["up"], factors.get("mid"), float(factors["alpha"]) if "alpha" in factors else None)
     if layer.down.ndim < 2 or not layer.fits_together():
         sizes = ", ".join(f"{role} {list(value.shape)}" for role, value in factors.items() if role != "alpha")
@@ -220,11 +224,14 @@ def fit(layout: Layout, shapes: Mapping[str, Sequence[int]], path: str | Path, w
     """What the LoRA in `path` does to a model's weights. Raises CheckpointError that names every layer which fits none of them."""
     changes: Changes = {}
     lost, wrong = [], []
+    taken: dict[Place, str] = {}
     for name, layer in read_lora(path).items():
         place = layout.places.get(_key_in_file(name))
         if place is None:
             lost.append(name)
             continue
+        if (other := taken.setdefault(place, name)) != name:
+            raise CheckpointError(f"{path} changes one weight twice, as {other} and as {name}: a LoRA has one layer for each")
         change = Change(layer, weight, place.third, place.turned)
         if change.fits(shapes[place.weight]):
             changes.setdefault(place.weight, []).append(change)
@@ -285,8 +292,6 @@ def write_lora(
     overwrite: bool = False,
 ) -> Path:
     """Write kohya's form. A layer of a fused projection becomes three, with the same `down` and a third of `up` each."""
-    import torch
-
     layout = Layout.of(names)
     tensors: dict[str, Tensor] = {}
     for weight, layer in layers.items():

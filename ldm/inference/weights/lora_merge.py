@@ -36,7 +36,7 @@ def merge_into_file(
         raise UserError(f"{source} is a diffusers folder: make a file of it first, with scripts/convert.py {source} MODEL.safetensors")
     if not specs:
         raise UserError("nothing to merge: name files by --lora FILE[:WEIGHT]")
-    found = {key_names.published(name): value for name, value in read_state_dict(source).items()}
+    found = key_names.spelled(read_state_dict(source))
     state, _ = choose_ema(found, {}, ema, source)
     state = {name: value for name, value in state.items() if not key_names.is_ema_state(name)}
     changes = gather(state, specs)

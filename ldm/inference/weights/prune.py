@@ -43,7 +43,7 @@ def prune(
     if ema not in EMA_MODES:
         raise UserError(f"ema {ema!r} is unknown; use {', '.join(EMA_MODES)}")
     source = Path(source)
-    found = {key_names.published(name): value for name, value in read_state_dict(source).items()}
+    found = key_names.spelled(read_state_dict(source))
     state, used = choose_ema(found, {}, ema, source)
     state = {n: v for n, v in state.items() if not key_names.is_ema_state(n) and not key_names.is_loss(n)}
     if part is not None:

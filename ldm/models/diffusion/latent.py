@@ -18,18 +18,20 @@ from torch import Tensor
 from ldm.models.autoencoder import IdentityFirstStage
 from ldm.models.diffusion import patchwise
 from ldm.models.diffusion.ancestral import p_mean_variance, p_sample, p_sample_loop
-from ldm.models.diffusion.conditioning import cut_batch, shift_embeddings
+from ldm.models.diffusion.conditioning import (
+    cached_conditioning,
+    cut_batch,
+    empty_conditioning,
+    raw_conditioning,
+    shift_embeddings,
+)
 from ldm.models.diffusion.pixel import DDPM
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.modules.ema import LitEma
+from ldm.modules.ema import LitEma, ema_scope
 from ldm.modules.freezing import freeze
 from ldm.util import ConfigError, default, instantiate_from_config, plain
 
 log = logging.getLogger(__name__)
-
-TEXT_KEYS = ("caption", "txt")  # the empty text is their empty condition
-RAW_KEYS = (*TEXT_KEYS, "coordinates_bbox")  # batch entries handed to the cond stage as they are
-CLASS_KEYS = ("class_label", "cls")  # the cond stage gets the whole batch
 
 
 class LatentDiffusion(DDPM):
@@ -44,6 +46,8 @@ class LatentDiffusion(DDPM):
         scale_by_std: set scale_factor to 1 / std of the first batch's latents.
         force_null_conditioning: build as unconditional whatever the cond stage.
     """
+
+    ema_cond_stage = False
 
     def __init__(
         self,
@@ -86,29 +90,25 @@ class LatentDiffusion(DDPM):
             self.register_buffer("scale_factor", torch.tensor(float(scale_factor), device="cpu"))
         else:
             self.scale_factor = scale_factor
+        self._given_scale, self._restarted = float(self.scale_factor), ckpt_path is not None
         self._build_first_stage(first_stage_config)
         self._build_cond_stage(cond_stage_config)
         if ema_cond_stage:
             if not (cond_stage_trainable and self.use_ema and self.cond_stage_model is not None):
                 raise ConfigError("ema_cond_stage needs use_ema and a trainable cond stage (cond_stage_trainable: true)")
-            self._start_cond_ema()
-        self.ema_cond_stage = ema_cond_stage
-        self._restarted = ckpt_path is not None
-        if ckpt_path is not None:
-            self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys, only_model=load_only_unet)
-            if reset_ema and self.use_ema:
-                self._start_ema()
-                if ema_cond_stage:
-                    self._start_cond_ema()
-        if reset_num and self.use_ema:
-            self.model_ema.reset_num_updates()
-            if ema_cond_stage:
-                self.cond_stage_ema.reset_num_updates()
+            self.ema_cond_stage = True
+            self._start_ema()
+        self._start_from(ckpt_path, ignore_keys, load_only_unet, reset_ema, reset_num)
 
     # ------------------------------------------------------------------ building
-    def _start_cond_ema(self) -> None:
-        """Let the average of the cond stage start from its present weights."""
-        self.cond_stage_ema = LitEma(self.cond_stage_model, decay=self.ema_decay, device=self.ema_device)
+    def _start_ema(self) -> None:
+        """Let the averages start from the present weights."""
+        super()._start_ema()
+        if self.ema_cond_stage:
+            self.cond_stage_ema = self._average_of(self.cond_stage_model)
+
+    def _averages(self) -> list[LitEma]:
+        return [*super()._averages(), *([self.cond_stage_ema] if self.ema_cond_stage else [])]
 
     def _build_first_stage(self, config: Any) -> None:
         stage = instantiate_from_config(config)
@@ -146,12 +146,8 @@ class LatentDiffusion(DDPM):
             if not self.ema_cond_stage:
                 yield
                 return
-            self.cond_stage_ema.store(self.cond_stage_model.parameters())
-            self.cond_stage_ema.copy_to(self.cond_stage_model)
-            try:
+            with ema_scope(self.cond_stage_ema, self.cond_stage_model):
                 yield
-            finally:
-                self.cond_stage_ema.restore(self.cond_stage_model.parameters())
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Update the EMAs after every batch."""
@@ -168,15 +164,18 @@ class LatentDiffusion(DDPM):
     # ------------------------------------------------------------------ first stage
     @torch.no_grad()
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """With `scale_by_std`: before the very first step, scale_factor becomes 1 / std of this batch's latents."""
+        """With `scale_by_std`: before the very first step, scale_factor becomes 1 / std of this batch's latents.
+
+        Start weights bring their own, which is kept. Of several processes the first one's batch counts.
+        """
         first = self.current_epoch == 0 and self.global_step == 0 and batch_idx == 0
-        if not (self.scale_by_std and first and not self._restarted):
+        if not (self.scale_by_std and first) or self._restarted or float(self.scale_factor) != self._given_scale:
             return
-        if float(self.scale_factor) != 1.0:
-            raise ConfigError(f"scale_by_std sets the scale itself: drop scale_factor (it is {float(self.scale_factor)})")
-        self.scale_factor.fill_(1.0)
-        z = self._encode_batch(batch, self.first_stage_key)[1]
-        self.scale_factor.copy_(1.0 / z.detach().flatten().std())
+        if self._given_scale != 1.0:
+            raise ConfigError(f"scale_by_std sets the scale itself: drop scale_factor (it is {self._given_scale})")
+        self.scale_factor.copy_(1.0 / self._encode_batch(batch, self.first_stage_key)[1].std())
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(self.scale_factor, src=0)
         log.info("scale_factor set to %.6g from the first batch", float(self.scale_factor))
 
     @torch.no_grad()
@@ -233,37 +232,7 @@ class LatentDiffusion(DDPM):
     @torch.no_grad()
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
         """Conditioning that stands for "nothing", repeated `batch_size` times."""
-        if null_label is not None:
-            c = null_label if isinstance(null_label, Tensor) else self.get_learned_conditioning(_as_batch(null_label))
-        elif self.cond_stage_key in CLASS_KEYS:
-            label = self.cond_stage_model.get_unconditional_conditioning(batch_size, device=self.device)
-            return self.get_learned_conditioning(label)
-        elif self.cond_stage_key in TEXT_KEYS:
-            c = self.get_learned_conditioning([""])
-        else:
-            raise ConfigError(f"no empty condition is known for cond_stage_key {self.cond_stage_key!r}: give one as null_label")
-        if isinstance(c, list):
-            return [ci.expand(batch_size, *ci.shape[1:]) for ci in c]
-        return c.expand(batch_size, *c.shape[1:]).to(self.device)
-
-    def _raw_conditioning(self, batch: dict[str, Any], cond_key: str, x: Tensor | None, k: str) -> Any:
-        if cond_key == k:
-            if x is None:
-                raise ConfigError(f"the cond stage needs the batch's {k!r}, and a batch with cached latents has only z")
-            return x
-        if cond_key in CLASS_KEYS:
-            return batch
-        if cond_key not in batch:
-            raise ConfigError(f"the batch has no {cond_key!r}; it has {', '.join(sorted(batch))}: set cond_stage_key")
-        if cond_key in RAW_KEYS:
-            return batch[cond_key]
-        return super().get_input(batch, cond_key).to(self.device)
-
-    def _cached_conditioning(self, c: Tensor) -> Tensor:
-        """Embeddings (B, L, D) that came with the batch, so that the cond stage need not run."""
-        if self.cond_stage_trainable:
-            raise ConfigError("the batch brings cached embeddings ('c'), and cond_stage_trainable is true: drop the data's text_encoder")
-        return c.to(self.device).float()
+        return empty_conditioning(self, batch_size, null_label)
 
     def _drop_conditioning(self, batch: dict[str, Any]) -> None:
         """As DDPM's; cached embeddings follow the captions that were replaced."""
@@ -291,10 +260,10 @@ class LatentDiffusion(DDPM):
         x, z = self._encode_batch(batch, k, bs)
         c = raw = None
         if self.model.conditioning_key is not None and not self.force_null_conditioning:
-            raw = self._raw_conditioning(batch, cond_key or self.cond_stage_key, x, k)
+            raw = raw_conditioning(self, batch, cond_key or self.cond_stage_key, x, k)
             c = raw
             if "c" in batch and cond_key in (None, self.cond_stage_key):
-                c = self._cached_conditioning(batch["c"])
+                c = cached_conditioning(self, batch["c"])
             elif not self.cond_stage_trainable or force_c_encode:
                 c = self.get_learned_conditioning(raw.to(self.device) if isinstance(raw, Tensor) else raw)
             c = cut_batch(c, bs)
@@ -416,7 +385,3 @@ class LatentDiffusion(DDPM):
         from ldm.models.diffusion.panels import draw_panels, latent_panels
 
         return draw_panels(latent_panels, self, batch, N=N, n_row=n_row, **options)
-
-
-def _as_batch(label: Any) -> Any:
-    return list(label) if isinstance(label, (list, tuple)) else [label]

@@ -7,24 +7,25 @@ conditioning and no fast sampler. Sources: DDPM (arXiv:2006.11239); v-prediction
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.models.diffusion import objective
 from ldm.models.diffusion.ancestral import p_mean_variance, p_sample, p_sample_loop
+from ldm.models.diffusion.conditioning import channels_first
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules import parameterization as param
 from ldm.modules.diffusionmodules.schedule import NoiseSchedule, extract_into_tensor, make_beta_schedule, rescale_zero_terminal_snr
 from ldm.modules.diffusionmodules.timesteps import check_sampling, sample_timesteps
 from ldm.modules.distributions.distributions import normal_kl
-from ldm.modules.ema import LitEma
+from ldm.modules.ema import LitEma, ema_scope
 from ldm.util import ConfigError, default, instantiate_from_config, mean_flat, plain
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class DDPM(pl.LightningModule):
         self.v_posterior = v_posterior
         self.original_elbo_weight = original_elbo_weight
         self.l_simple_weight = l_simple_weight
-        self.loss_weighting = self._checked_weighting(plain(loss_weighting))
+        self.loss_weighting = objective.checked_weighting(plain(loss_weighting), parameterization)
         self.loss_type = loss_type
         if offset_noise < 0.0:
             raise ConfigError(f"offset_noise is {offset_noise}: it is a standard deviation, 0 (none) or more; 0.05 to 0.1 is usual")
@@ -119,13 +120,8 @@ class DDPM(pl.LightningModule):
             self.logvar = nn.Parameter(logvar)
         else:
             self.register_buffer("logvar", logvar, persistent=False)
-        self.ucg_training = plain(ucg_training) or {}
-        if ckpt_path is not None:
-            self.init_from_ckpt(ckpt_path, ignore_keys=ignore_keys, only_model=load_only_unet)
-            if reset_ema and use_ema:
-                self._start_ema()
-        if reset_num_ema_updates and use_ema:
-            self.model_ema.reset_num_updates()
+        self.ucg_training = objective.checked_dropout(plain(ucg_training))
+        self._start_from(ckpt_path, ignore_keys, load_only_unet, reset_ema, reset_num_ema_updates)
 
     # ------------------------------------------------------------------ schedule
     def register_schedule(
@@ -156,22 +152,27 @@ class DDPM(pl.LightningModule):
     # ------------------------------------------------------------------ weights
     def _start_ema(self) -> None:
         """Let the average start from the present weights."""
-        self.model_ema = LitEma(self.model, decay=self.ema_decay, device=self.ema_device)
+        self.model_ema = self._average_of(self.model)
 
-    @contextmanager
-    def ema_scope(self, context: str | None = None) -> Iterator[None]:
+    def _average_of(self, part: nn.Module) -> LitEma:
+        return LitEma(part, decay=self.ema_decay, device=self.ema_device)
+
+    def _averages(self) -> list[LitEma]:
+        return [self.model_ema] if self.use_ema else []
+
+    def _start_from(self, path: str | None, ignore_keys: Sequence[str], only_unet: bool, reset_ema: bool, reset_updates: bool) -> None:
+        """Read the start weights, if there are any, and let the averages and their warm-up begin anew where that is asked."""
+        if path is not None:
+            self.init_from_ckpt(path, ignore_keys=ignore_keys, only_model=only_unet)
+            if reset_ema and self.use_ema:
+                self._start_ema()
+        if reset_updates:
+            for average in self._averages():
+                average.reset_num_updates()
+
+    def ema_scope(self, context: str | None = None) -> AbstractContextManager[None]:
         """Inside, the network carries its EMA weights (when there are any); afterwards the trained ones again."""
-        if not self.use_ema:
-            yield
-            return
-        self.model_ema.store(self.model.parameters())
-        self.model_ema.copy_to(self.model)
-        if context is not None:
-            log.info("%s: using EMA weights", context)
-        try:
-            yield
-        finally:
-            self.model_ema.restore(self.model.parameters())
+        return ema_scope(self.model_ema if self.use_ema else None, self.model, context)
 
     def init_from_ckpt(self, path: str, ignore_keys: Sequence[str] = (), only_model: bool = False) -> None:
         """Start from the weights in `path` (.safetensors or .ckpt). `only_model` loads the network alone, names without `model.`."""
@@ -282,11 +283,7 @@ class DDPM(pl.LightningModule):
 
     def training_noise(self, x_start: Tensor) -> Tensor:
         """Noise to train with: standard normal, with `offset_noise` plus the same draw for all pixels of a channel."""
-        noise = torch.randn_like(x_start)
-        if self.offset_noise:
-            shared = torch.randn(*x_start.shape[:2], *([1] * (x_start.ndim - 2)), device=x_start.device, dtype=x_start.dtype)
-            noise = noise + self.offset_noise * shared
-        return noise
+        return objective.noise_like(x_start, self.offset_noise)
 
     def training_target(self, x_start: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should have predicted."""
@@ -295,32 +292,7 @@ class DDPM(pl.LightningModule):
         return x_start if self.parameterization == "x0" else self.get_v(x_start, noise, t)
 
     def _losses(self, output: Tensor, target: Tensor, t: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted total and its parts: loss_simple (DDPM Eq. 14), loss_vlb (Eq. 12)."""
-        prefix = "train" if self.training else "val"
-        per_sample = mean_flat(self.get_loss(output, target, mean=False))  # (B,)
-        parts = {f"{prefix}/loss_simple": per_sample.mean()}
-        logvar_t = self.logvar[t]
-        loss = per_sample / torch.exp(logvar_t) + logvar_t
-        if self.learn_logvar:
-            parts[f"{prefix}/loss_gamma"] = loss.mean()
-            parts["logvar"] = self.logvar.detach().mean()
-        if self.loss_weighting:
-            loss = loss * param.loss_weight(kind=self.parameterization, abar=self.alphas_cumprod[t], **self.loss_weighting)
-        loss_vlb = (self.lvlb_weights[t] * per_sample).mean()
-        parts[f"{prefix}/loss_vlb"] = loss_vlb
-        total = self.l_simple_weight * loss.mean() + self.original_elbo_weight * loss_vlb
-        parts[f"{prefix}/loss"] = total
-        return total, parts
-
-    def _checked_weighting(self, weighting: Any) -> dict[str, Any]:
-        """Arguments for `parameterization.loss_weight`, tried out: a wrong one must not wait for the first batch."""
-        options = {"name": weighting} if isinstance(weighting, str) else dict(weighting or {})
-        try:
-            if options:
-                param.loss_weight(kind=self.parameterization, abar=torch.tensor(0.5, device="cpu"), **options)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"loss_weighting {weighting}: {error}") from None
-        return options
+        return objective.weighted_losses(self, output, target, t)
 
     def p_losses(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Objective for x0 = `x_start` at timesteps t (B,)."""
@@ -337,9 +309,7 @@ class DDPM(pl.LightningModule):
         """`batch[k]`, (B, H, W, C) or (B, H, W), as float32 (B, C, H, W)."""
         if k not in batch:
             raise ConfigError(f"the batch has no {k!r}; it has {', '.join(sorted(batch))}: set first_stage_key or the dataset's key")
-        x = batch[k]
-        x = x[..., None] if x.ndim == 3 else x
-        return rearrange(x, "b h w c -> b c h w").to(memory_format=torch.contiguous_format).float()
+        return channels_first(batch[k])
 
     def shared_step(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Objective of a batch."""
@@ -347,13 +317,7 @@ class DDPM(pl.LightningModule):
 
     # ------------------------------------------------------------------ Lightning
     def _drop_conditioning(self, batch: dict[str, Any]) -> None:
-        """Replace entries of the batch with the empty condition, so that guidance has an unconditional model to lean on."""
-        for key, rule in self.ucg_training.items():
-            if key not in batch:
-                raise ConfigError(f"ucg_training names {key!r}, and the batch has {', '.join(sorted(batch))}")
-            value = rule.get("val")
-            for i in np.flatnonzero(np.random.random(len(batch[key])) < rule["p"]):
-                batch[key][i] = "" if value is None else value
+        objective.drop_conditions(self.ucg_training, batch)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One step; logs the parts of the loss and the learning rate."""
@@ -377,7 +341,7 @@ class DDPM(pl.LightningModule):
             _, parts_ema = self.shared_step(batch)
         size = len(next(iter(batch.values())))
         parts_ema = {f"{key}_ema": value for key, value in parts_ema.items()}
-        self.log_dict({**parts, **parts_ema}, prog_bar=False, logger=True, on_step=False, on_epoch=True, batch_size=size)
+        self.log_dict({**parts, **parts_ema}, prog_bar=False, logger=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Update the EMA after every batch."""

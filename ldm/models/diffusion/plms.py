@@ -1,6 +1,7 @@
 """PLMS: pseudo linear multistep sampling (PNDM, arXiv:2202.09778).
 
 eps is extrapolated from the last four model calls; the first step, which has no history, is a pseudo improved Euler step of two calls.
+From pure noise, where eps is x itself and no blend of it leads to an x0, the first step follows the predicted x0.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ class PLMSRule:
 
     def __call__(self, x: Tensor, t: Timestep, t_next: Timestep, denoise: Denoise, move: Mover) -> tuple[Tensor, Tensor]:
         """Order 2, 3, then 4 once there is history; two model calls at first, one after."""
-        eps = denoise(x, t).eps
+        prediction = denoise(x, t)
+        eps = prediction.eps
+        if move.abar == 0.0:
+            self.history = [eps]
+            return move(x, *prediction)
         if self.history:
             blend = adams_bashforth([eps, *self.history])
         else:
@@ -48,15 +53,14 @@ class PLMSSampler(Sampler):
     name = "PLMS"
     draws_unused = True
     shifted_levels = True
-    needs_signal = True
 
     def rule(self, grid: Grid) -> Rule:
         """An empty history for every walk."""
         return PLMSRule()
 
     def calls(self, grid: Grid) -> int:
-        """The first step takes two."""
-        return len(grid) + 1 if len(grid) else 0
+        """The first step takes two, unless it starts from pure noise."""
+        return len(grid) + int(len(grid) > 0 and grid.abar[0] > 0.0)
 
     def plms_sampling(self, cond: Any, shape: Sequence[int], **options: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Run the schedule of `make_schedule` for noise of `shape` (B, C, H, W); options as of `sample`, and the legacy `timesteps`."""

@@ -52,7 +52,8 @@ class Sampler:
     """What DDIM, PLMS and their like have in common; a subclass says `rule()` and `name`.
 
     `noise` (see `NoiseSource`) replaces the global generator. After `make_schedule` the attributes of the published samplers are there:
-    ddim_timesteps (ascending), ddim_alphas, ddim_alphas_prev, ddim_sigmas, ddim_sqrt_one_minus_alphas, ddim_sigmas_for_original_num_steps.
+    ddim_timesteps (ascending), ddim_alphas, ddim_alphas_prev, ddim_sigmas, ddim_sqrt_one_minus_alphas, ddim_sigmas_for_original_num_steps,
+    and the schedule's own: betas, alphas_cumprod, sqrt_alphas_cumprod, sqrt_one_minus_alphas_cumprod, ... (T,).
     """
 
     name = ""
@@ -61,7 +62,6 @@ class Sampler:
     default_eta = 0.0
     draws_unused = False  # legacy: takes noise from the global generator in steps that add none
     invertible = True  # has a deterministic way back from x0 to noise
-    needs_signal = False  # the solver works on eps alone, and so cannot start where abar is 0
     shifted_levels = False  # legacy: stochastic_encode noises one level more than decode starts from
 
     def __init__(
@@ -124,6 +124,8 @@ class Sampler:
         # Published samplers derived this one from float32 buffers, which shows in the sixth digit.
         abar, abar_prev = (a.astype(np.float32) for a in (self.noise_schedule.abar, self.noise_schedule.abar_prev))
         self.ddim_sigmas_for_original_num_steps = torch.from_numpy(ddim_sigma(abar, abar_prev, eta)).float().to(self.device)
+        for name, value in self.noise_schedule.buffers().items():
+            setattr(self, name, torch.from_numpy(value).to(self.device))
         return grid
 
     def _ascending(self, values: np.ndarray) -> Tensor:
@@ -278,10 +280,10 @@ class Sampler:
         return denoiser, self._draws(temperature, noise_dropout, repeat_noise), self._limit(quantize_denoised, dynamic_threshold)
 
     def _check_signal(self, grid: Grid, denoiser: Denoiser) -> None:
-        if len(grid) and grid.abar.min() == 0.0 and (self.needs_signal or denoiser.needs_signal):
+        if len(grid) and grid.abar.min() == 0.0 and denoiser.needs_signal:
             raise UserError(
-                f"{self.name}: timestep {grid.t[grid.abar.argmin()]} is pure noise (abar 0), where eps does not determine x0: "
-                "use DDIM with a v or x0 model and no score corrector, or a spacing that leaves this timestep out"
+                f"{self.name}: timestep {grid.t[grid.abar.argmin()]} is pure noise (abar 0), where eps does not determine x0: use a model "
+                "of v or x0 without a score corrector, or spacing leading, which leaves this timestep out"
             )
 
     def _draws(self, temperature: float = 1.0, dropout: float = 0.0, repeat: bool = False) -> Draws:

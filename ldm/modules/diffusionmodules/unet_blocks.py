@@ -18,6 +18,7 @@ from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
     conv_nd,
+    double_and_convolve,
     linear,
     normalization,
     timestep_embedding,
@@ -85,7 +86,10 @@ class Upsample(nn.Module):
         """size: the spatial size to reach, default twice the input's; the skip's size when a level was odd."""
         _check_channels(x, self.channels)
         doubled = tuple(n if self.dims == 3 and i == 0 else 2 * n for i, n in enumerate(x.shape[2:]))
-        x = F.interpolate(x, size=doubled if size is None else tuple(size), mode="nearest")
+        to = doubled if size is None else tuple(size)
+        if self.use_conv and self.dims == 2 and to == doubled:
+            return double_and_convolve(x, self.conv)
+        x = F.interpolate(x, size=to, mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 

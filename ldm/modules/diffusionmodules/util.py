@@ -33,6 +33,7 @@ __all__ = [
     "betas_for_alpha_bar",
     "checkpoint",
     "conv_nd",
+    "double_and_convolve",
     "extract_into_tensor",
     "linear",
     "make_beta_schedule",
@@ -123,6 +124,49 @@ def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
 def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """A 1-, 2- or 3-dimensional average pooling."""
     return _for_dims({1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}, dims)(*args, **kwargs)
+
+
+# Below so many pixels, summing the weights costs more than it saves.
+_LEAST_PIXELS = 512
+
+
+def double_and_convolve(x: Tensor, conv: nn.Module) -> Tensor:
+    """conv(x with height and width doubled by repetition): (B, C, H, W) -> (B, C', 2H, 2W).
+
+    Every pixel of the result sees 2x2 different pixels of x through a 3x3 kernel. Drawing on the CPU therefore adds up the weights that
+    meet the same pixel and convolves four times by 2x2, once for each parity of row and column: 2.25 times fewer multiplications, equal
+    to rounding, 1.3 to 2 times as fast (256 channels, 32x32 and 64x64, float32 and bfloat16).
+    """
+    drawing = not torch.is_grad_enabled() and x.device.type == "cpu" and x.shape[0] * x.shape[2] * x.shape[3] >= _LEAST_PIXELS
+    if not (drawing and _is_plain_3x3(conv)):
+        return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else conv.weight.dtype
+    weight = conv.weight.to(kind).to(torch.promote_types(kind, torch.float32))
+    height, width = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1))
+    out: Tensor | None = None
+    for i, rows in enumerate(_sums_of_taps(weight, 2)):
+        for j, kernel in enumerate(_sums_of_taps(rows, 3)):
+            part = F.conv2d(padded[:, :, i : i + height + 1, j : j + width + 1], kernel.to(kind), conv.bias)
+            if out is None:
+                inner = part.is_contiguous(memory_format=torch.channels_last)
+                order = torch.channels_last if inner else torch.contiguous_format
+                out = torch.empty((*part.shape[:2], 2 * height, 2 * width), dtype=part.dtype, memory_format=order)
+            out[:, :, i::2, j::2] = part
+    assert out is not None
+    return out
+
+
+def _is_plain_3x3(conv: nn.Module) -> bool:
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or conv.groups != 1:
+        return False
+    return (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+def _sums_of_taps(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The two taps along `dim` that even and odd outputs have, when every input counts twice."""
+    first, middle, last = weight.unbind(dim)
+    return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
 
 
 def linear(*args: Any, **kwargs: Any) -> nn.Linear:

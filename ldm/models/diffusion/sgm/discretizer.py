@@ -11,6 +11,8 @@ from ldm.util import ConfigError, UserError
 
 __all__ = ["Discretization", "EDMDiscretization", "LegacyDDPMDiscretization", "generate_roughly_equally_spaced_steps"]
 
+_LEAST_ABAR = 2.0**-24  # stands for pure noise, whose level is infinite: sigma 4096
+
 
 def generate_roughly_equally_spaced_steps(num_substeps: int, max_step: int) -> np.ndarray:
     """`num_substeps` integers (int64), ascending, evenly spaced and ending at max_step - 1."""
@@ -58,8 +60,14 @@ class EDMDiscretization(Discretization):
 class LegacyDDPMDiscretization(Discretization):
     """The levels sqrt((1 - abar) / abar) of evenly spaced timesteps of Stable Diffusion's schedule; starts at the noisiest one."""
 
-    def __init__(self, linear_start: float = 0.00085, linear_end: float = 0.0120, num_timesteps: int = 1000) -> None:
-        betas = make_beta_schedule("linear", num_timesteps, linear_start, linear_end)
+    def __init__(
+        self,
+        linear_start: float = 0.00085,
+        linear_end: float = 0.0120,
+        num_timesteps: int = 1000,
+        rescale_betas_zero_snr: bool = False,  # zero terminal SNR (arXiv:2305.08891); not in generative-models
+    ) -> None:
+        betas = make_beta_schedule("linear", num_timesteps, linear_start, linear_end, zero_terminal_snr=rescale_betas_zero_snr)
         self.num_timesteps = num_timesteps
         self.alphas_cumprod = np.cumprod(1.0 - betas)  # float64 (T,)
 
@@ -68,5 +76,5 @@ class LegacyDDPMDiscretization(Discretization):
         if n > self.num_timesteps:
             raise UserError(f"{n} sampling steps are more than the {self.num_timesteps} timesteps of the schedule")
         steps = generate_roughly_equally_spaced_steps(n, self.num_timesteps) if n < self.num_timesteps else slice(None)
-        abar = self.alphas_cumprod[steps]
+        abar = np.maximum(self.alphas_cumprod[steps], _LEAST_ABAR)
         return torch.tensor((1 - abar) / abar, dtype=torch.float32, device=device).sqrt().flip(0)
