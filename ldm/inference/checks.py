@@ -31,7 +31,6 @@ def check_idle(options: Any) -> list[str]:
     idle = {
         "repeat": (not options.from_file, "repeats the lines of --from_file FILE; for more pictures of --prompt give --n_samples"),
         "progress_every": (not options.save_progress, "says nothing without --save_progress"),
-        "n_rows": (options.skip_grid, "says nothing where no grid is saved (--skip_grid)"),
         "watermark_text": (options.watermark == "none", "says nothing with --watermark none"),
         "safety_ckpt": (options.safety == "off", "says nothing with --safety off"),
         "negative_prompt": (set(scales) == {1.0}, "says nothing at --scale 1, which is no guidance"),

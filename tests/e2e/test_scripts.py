@@ -258,6 +258,6 @@ def test_make_safety_script(tmp_path: Path, lenient: Path):  # noqa: F811
     assert ran.returncode == 0, ran.stderr
     assert "| emblem: red cross on white, alone (" in ran.stdout
     checker = load_safety(tmp_path)
-    assert checker.concept_embeds.shape == (3, 16) and len(checker.special_care_embeds) == 0
+    assert checker.concept_embeds.shape == (10, 16) and len(checker.special_care_embeds) == 0
     refused = script("make_safety.py", "--folder", str(tmp_path), "--n", "100")
     assert refused.returncode == 2 and "--overwrite" in refused.stderr

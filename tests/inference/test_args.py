@@ -216,7 +216,6 @@ def test_every_line_may_bring_its_own_picture(legacy: str, tmp_path: Path, monke
     [
         (["--repeat", "2"], "--repeat repeats the lines of --from_file"),
         (["--progress_every", "2"], "--progress_every says nothing without --save_progress"),
-        (["--n_rows", "2", "--skip_grid"], "--n_rows says nothing where no grid is saved"),
         (["--watermark_text", "me", "--watermark", "none"], "--watermark_text says nothing with --watermark none"),
         (["--safety_ckpt", "."], "--safety_ckpt says nothing with --safety off"),
         (["--negative_prompt", "blue", "--scale", "1"], "--negative_prompt says nothing at --scale 1"),
