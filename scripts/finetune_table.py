@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Teach the Shapes model one combination it has never seen, by every method of fine-tuning, and count before and after.
+"""Teach the Shapes model a word for a combination it has never seen, by every method of fine-tuning, and count before and after.
 
-For each method the config `configs/finetune/METHOD-shapes.yaml` is trained as it stands, on eight pictures of the combination; then
-the same prompts are drawn as before it, through the steps of `scripts/txt2img.py`, and read back by the oracle: prompts with the
-combination alone and beside another object, and prompts of the training world, which must not be forgotten. Writes `table.md` and
+For each method the config `configs/finetune/METHOD-shapes.yaml` is trained as it stands, on eight pictures of the combination, whose
+captions call it by a word that the model does not know; then the same prompts are drawn as before it, through the steps of
+`scripts/txt2img.py`, and read back by the oracle: prompts with the word alone and beside another object, and prompts of the training
+world, which must not be forgotten. How often the untrained model obeys the combination's plain name is counted, too. Writes `table.md` and
 `results.json` into --outdir, and with --docs the table into docs/finetuning.md. What is there of an earlier run with the same settings
 is used again: trainings that are finished, and counts.
 """
@@ -23,7 +24,7 @@ from ldm.inference.cli import guarded, say
 
 CONFIG, SHIPPED = ROOT / "models" / "shapes" / "config.yaml", ROOT / "models" / "shapes" / "model.safetensors"
 METHODS = {"lora": "LoRA", "textual_inversion": "textual inversion", "dreambooth": "DreamBooth"}
-WORD = "<mine>"  # of the textual inversion's config
+WORDS = {"lora": "sks", "textual_inversion": "<mine>", "dreambooth": "sks"}  # of the configs
 MARKS = ("<!-- table -->", "<!-- /table -->")  # in docs/finetuning.md
 
 
@@ -117,8 +118,6 @@ def train(method: str, args: argparse.Namespace, folder: Path) -> tuple[Path, fl
     data = "data.params.train.params" + (".instance.params" if method == "dreambooth" else "")
     words = [f"ckpt={args.ckpt}", f"{data}.color={color}", f"{data}.shape={shape}", *args.overrides]
     words += [f"lightning.trainer.max_steps={args.steps}"] if args.steps else []
-    if method == "textual_inversion":
-        words.append(f"lightning.callbacks.textual_inversion.params.start={color} {shape}")
     if folder.exists():
         raise UserError(f"{folder} holds a run that did not finish: remove it, or go on with it by main.py --resume")
     began = time.perf_counter()
@@ -170,7 +169,8 @@ def table(results: dict[str, Any], args: argparse.Namespace) -> str:
         of = {"shown": 2 * results["n"], **dict.fromkeys(("alone", "beside", "others"), results["n"])}
         return " | ".join(f"{found[group] / total:.0%}" for group, total in of.items())
 
-    lines.append(f"| none (before) | {shares(results['before'])} | | | |")
+    lines.append(f"| none, called *{name}* | {shares(results['named'])} | | | |")
+    lines.append(f"| none, called by the new word | {shares(results['before'])} | | | |")
     for method, found in results["methods"].items():
         size = f"{found['bytes'] / 2**10:.0f} KiB" if found["bytes"] < 2**20 else f"{found['bytes'] / 2**20:.0f} MiB"
         lines.append(f"| {METHODS[method]} | {shares(found)} | {found['values']:,} | {size} | {found['seconds'] / 60:.0f} min |")
@@ -217,19 +217,21 @@ def run(args: argparse.Namespace) -> None:
     groups = prompts_of(color, shape, args.n)
     args.outdir.mkdir(parents=True, exist_ok=True)
     results = earlier(args)
-    if "before" not in results:
-        say(f"before: drawing {3 * args.n} pictures")
-        results["before"] = count(groups, [*flags_with("", SHIPPED, args.ckpt), *args.draw], (color, shape))
-        save(results, args)
-    say(f"before: {results['before']} of {args.n}")
+    look, name = (color, shape), f"{color} {shape}"
+    base = [*flags_with("", SHIPPED, args.ckpt), *args.draw]
+    for row, word in (("named", None), ("before", (name, WORDS["lora"]))):
+        if row not in results:
+            say(f"{row}: drawing {3 * args.n} pictures")
+            results[row] = count(groups, base, look, word)
+            save(results, args)
+        say(f"{row}: {results[row]} of {args.n}")
     for method in args.methods:
         if method in results["methods"]:
             continue
         say(f"{METHODS[method]}: training")
         folder, seconds = train(method, args, args.outdir / method)
         result = result_of(method, folder)
-        word = (f"{color} {shape}", WORD) if method == "textual_inversion" else None
-        found: dict[str, Any] = count(groups, [*flags_with(method, result, args.ckpt), *args.draw], (color, shape), word)
+        found: dict[str, Any] = count(groups, [*flags_with(method, result, args.ckpt), *args.draw], look, (name, WORDS[method]))
         say(f"{METHODS[method]}: {found} of {args.n}")
         found["values"], found["steps"] = trained_values(folder)
         found |= {"bytes": result.stat().st_size, "seconds": seconds}
