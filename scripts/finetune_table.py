@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--combination", nargs=2, metavar=("COLOR", "SHAPE"), default=["purple", "heart"], help="one that is held out")
     parser.add_argument("--ckpt", default=str(SHIPPED), help="weights to start from, of the shapes model (those that ship)")
-    parser.add_argument("--n", type=int, default=48, help="prompts of each of the three groups (48)")
+    parser.add_argument("--n", type=int, default=32, help="prompts of each of the three groups (32)")
     parser.add_argument("--steps", type=int, help="of each training (the configs')")
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="key=value", help="further changes of the configs")
     parser.add_argument(
@@ -115,7 +115,7 @@ def train(method: str, args: argparse.Namespace, folder: Path) -> tuple[Path, fl
             raise UserError(f"{folder} holds a training from other weights or settings: remove it, or choose another --outdir")
         return next(folder.glob("*_run*")), found["seconds"]
     color, shape = args.combination
-    data = "data.params.train.params" + (".instance.params" if method == "dreambooth" else "")
+    data = "data.params.train.params" + ("" if method == "textual_inversion" else ".instance.params")
     words = [f"ckpt={args.ckpt}", f"{data}.color={color}", f"{data}.shape={shape}", *args.overrides]
     words += [f"lightning.trainer.max_steps={args.steps}"] if args.steps else []
     if folder.exists():

@@ -73,6 +73,8 @@ def test_from_the_config_to_a_picture_with_the_model_that_ships(method, tmp_path
         prior = "data.params.train.params.prior.params"
         words += [f"{prior}.pictures=2", f"{prior}.steps=2", f"{prior}.size=128", f"{prior}.cache_dir={tmp_path}/drawn"]
         words += ["data.params.train.params.instance.params.image_size=128"]
+    elif method == "lora":
+        words += [f"data.params.train.params.{part}.params.image_size=128" for part in ("instance", "prior")]
     else:
         words += ["data.params.train.params.image_size=128"]
     assert main(["--base", f"configs/finetune/{method}-shapes.yaml", "-t", "-n", "run", "-l", str(tmp_path / "logs"), *words]) == 0
