@@ -18,10 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ldm.data.shapes_world import SHAPES
 from ldm.inference.cli import guarded, say
 
 EMBLEM, LAWFUL = "emblem: red cross on white, ", "lawful: "
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring")
 CONCEPTS = ("alone", "several", *(f"beside a {shape}" for shape in SHAPES))
 KINDS = ("text", "image", "contrast")
 MODEL = ("config.yaml", "model.safetensors")
@@ -195,13 +195,13 @@ def thresholds_for(concepts: Any, found: dict[str, Any], max_fpr: float, cuts: i
     import torch
 
     lawful = [v @ concepts.T for name, v in found.items() if name.startswith(LAWFUL)]  # (N, C) each
-    best = torch.stack([scores.amax(0) for scores in lawful]).amax(0)
+    highest = torch.stack([scores.amax(0) for scores in lawful]).amax(0)
+    best = highest
     for cut in torch.linspace(max_fpr / cuts, max_fpr, cuts):
         lower = torch.stack([scores.quantile(1 - float(cut), dim=0) for scores in lawful]).amax(0)
         if max(float((scores > lower).any(1).float().mean()) for scores in lawful) > max_fpr:
             break
         best = lower
-    highest = torch.stack([scores.amax(0) for scores in lawful]).amax(0)
     lowest = torch.stack([(found[EMBLEM + name] @ concept).min() for name, concept in zip(CONCEPTS, concepts, strict=True)])
     return torch.where(lowest > highest, (highest + lowest) / 2, best)
 
