@@ -96,7 +96,7 @@ class CachedLatents(Dataset):
 
     def __getitem__(self, i: int) -> Item:
         part, row = self._place[i]
-        item: Item = {"z": torch.from_numpy(self.parts[part][row].astype(np.float32)), **_restored(self._note(i)), **self._facts(i)}
+        item: Item = {"z": torch.from_numpy(self.parts[part][row].astype(np.float32)), **_restored(self._note(i)), **self.facts(i)}
         if hasattr(self.dataset, "caption_for"):
             item[self.caption_key] = self.dataset.caption_for(i, self.epoch)
         if self.texts is not None:
@@ -111,7 +111,7 @@ class CachedLatents(Dataset):
         notes = self.notes[part]
         return notes[row] if notes is not None else {}
 
-    def _facts(self, i: int) -> Item:
+    def facts(self, i: int) -> Item:
         """What the data set knows of picture i without opening it, as it is now: captions may change, and the pictures stay."""
         if not hasattr(self.dataset, "facts"):
             return {}
@@ -121,7 +121,7 @@ class CachedLatents(Dataset):
         return facts
 
     def _caption_at(self, i: int) -> str:
-        caption = {**self._note(i), **self._facts(i)}.get(self.caption_key)
+        caption = {**self._note(i), **self.facts(i)}.get(self.caption_key)
         if not isinstance(caption, str):
             raise ConfigError(f"text_encoder: item {i} of {self.dataset_config['target']} has no caption under {self.caption_key!r}")
         return caption

@@ -102,6 +102,13 @@ class ShapesDataset(Dataset):
         """The scene of item i. With near misses, item 0 of every 1 + near_misses is drawn anew and the others are changed from it."""
         return self._draw(i) if not self.near_misses else self._group_of(i)[0][self._index(i) % (1 + self.near_misses)]
 
+    def facts(self, i: int) -> dict[str, str]:
+        """{"kind": the kind of scene}, without drawing it."""
+        return {"kind": self._kind(self._rng(self._first(i), _SCENE))}
+
+    def _kind(self, rng: np.random.Generator) -> str:
+        return self.kinds[int(rng.integers(len(self.kinds)))]
+
     def caption_for(self, i: int, epoch: int | None = None) -> str:
         """The caption of item i in an epoch; the present one by default."""
         return self._say(self.scene(i), i, epoch)
@@ -125,7 +132,7 @@ class ShapesDataset(Dataset):
 
     def _draw(self, i: int) -> Scene:
         rng = self._rng(i, _SCENE)
-        scene = sample_scene(rng, self.kinds[int(rng.integers(len(self.kinds)))], self.held_out)
+        scene = sample_scene(rng, self._kind(rng), self.held_out)
         return flip(scene) if self.flip and rng.random() < 0.5 else scene
 
     def _say(self, scene: Scene, i: int, epoch: int | None = None) -> str:

@@ -1,8 +1,15 @@
 """The recommended sampler for few model calls: what measured best from 5 to 30 of them (docs/samplers.md, scripts/plot_samplers.py).
 
-Solver: DPM-Solver in eps, multistep, with the weights of third order and no lower orders at the end. Below twelve steps they are even in
-log-SNR and end at the first noise level, where they do more good than below it. From twelve on they are those of Karras and end at the
-clean picture, which the last step extrapolates from the last two predictions of it.
+Solver: DPM-Solver in eps, multistep, of three points, without lower orders at the end. What changes with the number of steps:
+
+| steps | levels | last one | weights |
+|---|---|---|---|
+| to 6 | even in log-SNR | first noise level | as usually coded |
+| 7 to 10 | Karras | first noise level | as usually coded |
+| 11 to 19 | Karras | clean picture, extrapolated from the last two predictions of it | as usually coded |
+| from 20 | Karras | the same | of third order |
+
+The usual weights are of second order; their error is the larger one only where steps are short.
 """
 
 from __future__ import annotations
@@ -10,11 +17,11 @@ from __future__ import annotations
 from typing import Any
 
 from ldm.models.diffusion.dpm_solver.sampler import DPMSolverSampler
-from ldm.models.diffusion.sampler import Grid
+from ldm.models.diffusion.sampler import Grid, Rule
 
 __all__ = ["FastSampler"]
 
-_FEW = 12
+_KARRAS, _CLEAN, _THIRD_ORDER = 7, 11, 20  # from so many steps on
 
 
 class FastSampler(DPMSolverSampler):
@@ -25,12 +32,15 @@ class FastSampler(DPMSolverSampler):
 
     def __init__(self, model: Any, schedule: str = "linear", device: Any = None, noise: Any = None, **base: Any) -> None:
         solver: dict[str, Any] = {"algorithm": "dpmsolver", "order": 3, "solver_type": "taylor"}
-        ends: dict[str, Any] = {"lower_order_final": False, "exact_weights": True, "extrapolate": True}
-        super().__init__(model, schedule, device, noise, **solver, **ends, **base)
+        super().__init__(model, schedule, device, noise, **solver, lower_order_final=False, extrapolate=True, **base)
 
     def make_grid(self, steps: int, eta: float, spacing: str, final: str) -> Grid:
         """As DPM-Solver's; spacing and end are chosen here unless they are given."""
-        few = steps < _FEW
-        spacing = ("logSNR" if few else "karras") if spacing == "by steps" else spacing
-        final = ("first" if few else "clean") if final == "by steps" else final
+        spacing = ("karras" if steps >= _KARRAS else "logSNR") if spacing == "by steps" else spacing
+        final = ("clean" if steps >= _CLEAN else "first") if final == "by steps" else final
         return super().make_grid(steps, eta, spacing, final)
+
+    def rule(self, grid: Grid) -> Rule:
+        """A fresh history, with the weights for so many steps."""
+        self._options["exact_weights"] = len(grid) >= _THIRD_ORDER
+        return super().rule(grid)

@@ -99,7 +99,12 @@ _ALL = [
     *_named("unipc_bh1", "unipc.UniPCSampler", "UniPC 2 (bh1)", 2, {"variant": "bh1"}),
     *_named("unipc_3", "unipc.UniPCSampler", "UniPC 3 (bh2)", 2, {"order": 3}, grids=True),
     *_named("unipc_full", "unipc.UniPCSampler", "UniPC 2 (bh2), third order throughout", 3, _UNIPC_FULL),
-    *_named("fast", "fast.FastSampler", "recommended one for 5 to 30 steps: third-order weights, grid and end by the number of steps", 2),
+    *_named(
+        "fast",
+        "fast.FastSampler",
+        "recommended one for 5 to 30 steps: DPM-Solver 3 in eps; grid, end and weights by the number of steps",
+        2,
+    ),
 ]
 
 SAMPLERS: dict[str, SamplerInfo] = {info.name: info for info in _ALL}

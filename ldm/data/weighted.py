@@ -1,0 +1,69 @@
+"""Some items of a data set more often than others, by what the data set knows of them.
+
+Owns which item of the data set stands at which place. The pictures, captions and caches stay those of the data set: a `CachedLatents`
+inside need not be made anew when the weights change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.util import ConfigError, instantiate_from_config, plain
+
+
+class WeightedDataset(Dataset):
+    """Items of `dataset`, item i as many times an epoch as `weights` says for its fact `key`; 0 leaves it out.
+
+    The data set tells its facts without opening pictures: `facts(i)`, a mapping, for example with `caption`, `class_label` or, for the
+    shapes world, `kind`. Copies of an item are equal but for what is random in a training. An epoch is as long as all weights together.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,  # {target, params}, or a data set, with `facts`
+        key: str,  # the fact to go by
+        weights: Mapping[Any, int],  # {value of the fact: how many times}, whole numbers from 0 on
+        default: int = 1,  # of values that are not named
+    ) -> None:
+        super().__init__()
+        self.dataset = instantiate_from_config(plain(dataset)) if hasattr(dataset, "keys") else dataset
+        named = {str(value): _times(value, times) for value, times in dict(plain(weights)).items()}
+        default = _times("default", default)
+        values = [self._value(i, key) for i in range(len(self.dataset))]
+        if strangers := sorted(set(named) - set(values)):
+            known = ", ".join(sorted(set(values))[:20])
+            raise ConfigError(f"WeightedDataset: no item has {key} {', '.join(strangers)}; the data set has {known}")
+        self.index = np.repeat(np.arange(len(values)), [named.get(value, default) for value in values])
+        if not len(self.index):
+            raise ConfigError(f"WeightedDataset: the weights {named} leave no item")
+        buckets = getattr(self.dataset, "bucket_of", None)
+        self.bucket_of = None if buckets is None else np.asarray(buckets)[self.index]
+
+    def _value(self, i: int, key: str) -> str:
+        if not hasattr(self.dataset, "facts"):
+            raise ConfigError(f"WeightedDataset: {type(self.dataset).__name__} tells no facts of its items (no method facts)")
+        facts = self.dataset.facts(i)
+        if key not in facts:
+            raise ConfigError(f"WeightedDataset: item {i} has no fact {key!r}; it has {', '.join(sorted(facts)) or 'none'}")
+        return str(facts[key])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data set, if it wants to know."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.dataset[int(self.index[i])]
+
+
+def _times(value: Any, times: Any) -> int:
+    if isinstance(times, bool) or not isinstance(times, int) or times < 0:
+        raise ConfigError(f"WeightedDataset: the weight of {value!r} is {times!r}: it must be a whole number from 0 on")
+    return times
