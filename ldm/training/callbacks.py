@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from ldm.training.counting import UpdateCounter, updates_done
-from ldm.training.progress import ProgressBar, ProgressLog
+from ldm.training.progress import ProgressBar, ProgressLog, forget_peak_memory, peak_memory
 from ldm.training.state import LastCheckpoint, RngStateCallback, isolated_rng
 from ldm.util import ConfigError
 
@@ -277,12 +277,11 @@ class CUDACallback(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start = time.monotonic()
-        if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)
+        forget_peak_memory(pl_module.device)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         seconds = time.monotonic() - getattr(self, "_start", time.monotonic())
         message = f"epoch {trainer.current_epoch}: {seconds:.1f} s"
-        if pl_module.device.type == "cuda":
-            message += f", peak memory {torch.cuda.max_memory_allocated(pl_module.device) / 2**20:.0f} MiB"
+        if peak := peak_memory(pl_module.device):
+            message += f", peak memory {peak / 2**20:.0f} MiB"
         log.info(message)

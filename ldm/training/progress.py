@@ -6,6 +6,7 @@ Owns nothing that the training depends on.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import math
@@ -49,10 +50,25 @@ def _learning_rate(trainer: pl.Trainer) -> float:
     return trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else 0.0
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that tensors have taken on an accelerator since the start or `forget_peak_memory`; 0 where it does not count them."""
+    try:
+        return 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
+    except RuntimeError:  # an accelerator without the statistics
+        return 0
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now on."""
+    with contextlib.suppress(RuntimeError):
+        if device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(device)
+
+
 def memory_in_use(device: torch.device) -> str:
     """Peak memory of this process: the device's own where it counts it, otherwise the resident memory. Empty where neither is known."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}G"
+    if peak := peak_memory(device):
+        return f"{peak / 2**30:.1f}G"
     try:
         import resource
     except ImportError:  # Windows
