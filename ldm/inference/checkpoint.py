@@ -101,12 +101,16 @@ def load_weights(
 
 def _load_part(model: nn.Module, path: str | Path, in_file: dict[str, Tensor], prefix: str, ema: str, *rules: Any) -> LoadReport:
     """Fill `model`, whose names stand below `prefix`, from what the file of a larger model has there, its averages included."""
-    in_file, used = choose_ema(key_names.spelled(in_file), {}, ema, path)
+    in_file = key_names.spelled(in_file)
+    averaged = any(weight.startswith(prefix) for table in key_names.ema_tables({}, in_file) for weight in table)
+    if ema == "ema" and not averaged:  # mostly there are averages of the network alone
+        raise CheckpointError(f"{path} has no averaged weights of what is under {prefix}: use ema auto or raw")
+    in_file, used = choose_ema(in_file, {}, ema, path)
     below = {name[len(prefix) :]: value for name, value in in_file.items() if name.startswith(prefix)}
     if not below:
         raise CheckpointError(f"{path} has nothing under {prefix}; it holds {key_names.likely_content(in_file)}")
     log.info("%s: taken from what is under %s", path, prefix)
-    return replace(_load(model, path, below, "auto", *rules), ema=used)
+    return replace(_load(model, path, below, "auto", *rules), ema=used if averaged else "none")
 
 
 def _load(

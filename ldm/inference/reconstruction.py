@@ -16,13 +16,9 @@ from ldm.imaging import to_tensor, to_uint8
 from ldm.inference.checkpoint import load_weights
 from ldm.inference.facts import read_config
 from ldm.inference.first_stage import first_stage_config
-from ldm.inference.weights.files import read_header
-from ldm.inference.weights.key_names import ema_tables, published
 from ldm.models.first_stage import psnr
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from ldm.util import CheckpointError, UserError, instantiate_from_config
-
-_STAGE = "first_stage_model."  # where a whole model has it
+from ldm.util import UserError, instantiate_from_config
 
 
 @dataclass(frozen=True)
@@ -40,18 +36,8 @@ def load_first_stage(
 ) -> Any:
     """The autoencoder of `ckpt`, a file or diffusers folder of its own or of a whole model: float32, in eval mode, on `device`."""
     stage = instantiate_from_config(first_stage_config(read_config(config)["model"]))
-    if ema == "ema" and Path(ckpt).is_file():
-        _require_averages(Path(ckpt))
     load_weights(stage, ckpt, ema=ema)
     return stage.float().eval().requires_grad_(False).to(device)
-
-
-def _require_averages(ckpt: Path) -> None:
-    """Averages in the file of a whole model are mostly of its network alone; then there are none to take."""
-    names = [published(name) for name in read_header(ckpt).tensors]
-    averaged = [weight for table in ema_tables((), names) for weight in table]
-    if any(name.startswith(_STAGE) for name in names) and not any(weight.startswith(_STAGE) for weight in averaged):
-        raise CheckpointError(f"{ckpt} has no averaged weights of its first stage: use --ema auto or raw")
 
 
 @torch.inference_mode()

@@ -75,7 +75,7 @@ def test_averages_of_the_network_are_none_of_the_first_stage(folder: Path):
     state = read_state_dict(SHIPPED_WEIGHTS)
     name = "model.diffusion_model.time_embed.0.weight"
     both = {**state, "model_ema." + name.removeprefix("model.").replace(".", ""): state[name]}
-    with pytest.raises(CheckpointError, match="no averaged weights of its first stage"):
+    with pytest.raises(CheckpointError, match="no averaged weights of what is under first_stage_model"):
         load_first_stage(SHIPPED_CONFIG, save_weights(both, folder / "both.safetensors"), ema="ema")
     load_first_stage(SHIPPED_CONFIG, folder / "both.safetensors")
 
