@@ -166,7 +166,8 @@ def test_the_script_writes_table_and_figure(tmp_path, monkeypatch, capsys):
 def test_the_recommended_sampler_is_the_best_of_all_for_few_calls():
     """On mixtures other than those it was chosen by (scripts/plot_samplers.py)."""
     calls = (5, 7, 8, 10, 12, 15, 20, 30)
-    mixtures = (GaussianMixture.random(24, 7, 0.03, 1.0, seed=12), 1.0), (GaussianMixture.random(48, 9, 0.03, 1.0, seed=13), 5.0)
+    shapes = ((3, 5, 0.05, 0.7, 11, 1.0), (8, 6, 0.05, 0.9, 21, 1.0), (24, 7, 0.03, 1.0, 12, 1.0), (48, 9, 0.03, 1.0, 13, 5.0))
+    mixtures = [(GaussianMixture.random(dim, n, low, high, seed=seed), scale) for dim, n, low, high, seed, scale in shapes]
     names = deterministic(SAMPLERS)
     table = mean_table([flow_errors(Problem("", model, scale), names, calls, batch=16) for model, scale in mixtures])
     for i, n in enumerate(calls):
