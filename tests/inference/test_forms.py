@@ -187,7 +187,7 @@ def test_parts_are_found_in_the_file_of_a_whole_model(source: tuple[Path, State]
     model = fresh(folder)
     for name in ("model", "model.diffusion_model", "first_stage_model", "cond_stage_model"):
         report = load_weights(model.get_submodule(name), tmp_path / "m.ckpt")
-        assert report.ema == "ema"
+        assert report.ema == ("ema" if name.startswith("model") else "none")  # the file averages the network alone
     assert_filled(model, want)
     load_weights(model.model.diffusion_model, tmp_path / "m.ckpt", ema="raw")
     name = "model.diffusion_model.time_embed.0.weight"
