@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ldm.data.loading import PositionedLoader, ResumableLoader
+from ldm.data.loading import PositionedLoader, ResumableLoader, tell_epoch
 from ldm.data.streams import StreamLoader
 from ldm.util import ConfigError, instantiate_from_config, plain
 
@@ -32,8 +32,7 @@ class WrappedDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the data set, if it wants to know."""
-        if hasattr(self.data, "set_epoch"):
-            self.data.set_epoch(epoch)
+        tell_epoch(self.data, epoch)
 
     def __len__(self) -> int:
         return len(self.data)

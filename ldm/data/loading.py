@@ -104,6 +104,12 @@ class BucketSampler(ResumableSampler):
         return batches
 
 
+def tell_epoch(dataset: Any, epoch: int) -> None:
+    """Tell a data set the epoch, if it wants to know."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+
+
 class SeededDataset(Dataset):
     """Makes every item under a random state that is a pure function of (seed, epoch, index), and leaves the outer state untouched."""
 
@@ -124,8 +130,8 @@ class SeededDataset(Dataset):
 
     def _tell(self) -> int:
         epoch = int(self._epoch[0])
-        if epoch != self._told and hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        if epoch != self._told:
+            tell_epoch(self.dataset, epoch)
         self._told = epoch
         return epoch
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ldm.data.files import check_options
 from ldm.data.folder import FolderDataset
-from ldm.data.loading import seeded
+from ldm.data.loading import seeded, tell_epoch
 from ldm.data.shapes_text import Spec, caption, spec_of
 from ldm.data.shapes_world import CANVAS, COLORS, KINDS, SHAPES, Scene, arrange, render, sample_scene
 from ldm.data.store import file_digest
@@ -186,8 +186,7 @@ class WithPrior(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Tell both, if they want to know."""
         for dataset in (self.instance, self.prior):
-            if hasattr(dataset, "set_epoch"):
-                dataset.set_epoch(epoch)
+            tell_epoch(dataset, epoch)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {**self.instance[i % len(self.instance)], "prior": self.prior[i % len(self.prior)]}

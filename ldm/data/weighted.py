@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ldm.data.loading import tell_epoch
 from ldm.util import ConfigError, instantiate_from_config, plain
 
 
@@ -53,8 +54,7 @@ class WeightedDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the data set, if it wants to know."""
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        tell_epoch(self.dataset, epoch)
 
     def __len__(self) -> int:
         return len(self.index)

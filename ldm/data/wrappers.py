@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ldm.data import degradation as degradations
-from ldm.data.loading import seeded
+from ldm.data.loading import seeded, tell_epoch
 from ldm.data.transforms import to_float
 from ldm.util import ConfigError, instantiate_from_config, plain
 
@@ -57,8 +57,7 @@ class WrappedItems(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Make other additions, and tell the data set, if it wants to know."""
         self._epoch[0] = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
+        tell_epoch(self.dataset, epoch)
 
     def _content(self, memo: Path | None = None) -> str:
         """A digest of the data set's pictures and of what it knows of them, since additions may depend on both."""

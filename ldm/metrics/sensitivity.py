@@ -16,7 +16,7 @@ import torch
 
 from ldm.data.shapes_near import CHANGES, near_miss
 from ldm.data.shapes_text import caption, spec_of
-from ldm.data.shapes_world import KINDS, Scene, render, sample_scene
+from ldm.data.shapes_world import Scene, render, sample_scene
 
 TIMESTEPS = (950, 850, 700, 500, 300)
 
@@ -37,7 +37,7 @@ def wrong_captions(change: str, n: int, seed: int = 0) -> tuple[list[Scene], lis
     right: list[str] = []
     wrong: list[str] = []
     while len(scenes) < n:
-        scene = sample_scene(rng, KINDS[int(rng.integers(len(KINDS)))])
+        scene = sample_scene(rng)
         other = near_miss(rng, scene, change)
         if other is not None:
             told = [caption(spec_of(s, rng, ("size", "background"))) for s in (scene, other)]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ldm.modules.encoders.clip_towers import CLIP
 from ldm.modules.encoders.tokenizers import END, ClipTokenizer
-from ldm.util import UserError, instantiate_from_config
+from ldm.modules.rates import with_schedule
+from ldm.util import UserError
 
 # Mean and standard deviation of RGB in [0, 1] that OpenAI's CLIP was trained with.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -148,8 +149,4 @@ class ContrastiveCLIP(pl.LightningModule):
         ]
         fused = self.device.type == "cpu" or None  # one pass over the large token embedding instead of ten
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=1e-6, fused=fused)
-        if self.scheduler_config is None:
-            return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step", "frequency": 1}]
+        return with_schedule(optimizer, self.scheduler_config)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.rates import with_schedule
 from ldm.util import ConfigError, instantiate_from_config
 
 
@@ -128,7 +129,4 @@ class TextLayout(pl.LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         fused = self.device.type == "cpu" or None  # one pass over the large token embedding instead of ten
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=fused)
-        if self.scheduler_config is None:
-            return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=schedule), "interval": "step"}]
+        return with_schedule(optimizer, self.scheduler_config)

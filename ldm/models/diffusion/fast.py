@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldm.models.diffusion.dpm_solver.sampler import DPMSolverSampler
-from ldm.models.diffusion.sampler import Grid, Rule
+from ldm.models.diffusion.sampler import Grid
 
 __all__ = ["FastSampler"]
 
@@ -40,7 +40,6 @@ class FastSampler(DPMSolverSampler):
         final = ("clean" if steps >= _CLEAN else "first") if final == "by steps" else final
         return super().make_grid(steps, eta, spacing, final)
 
-    def rule(self, grid: Grid) -> Rule:
-        """A fresh history, with the weights for so many steps."""
-        self._options["exact_weights"] = len(grid) >= _THIRD_ORDER
-        return super().rule(grid)
+    def options_for(self, grid: Grid) -> dict[str, Any]:
+        """As DPM-Solver's, with the weights for so many steps."""
+        return {**super().options_for(grid), "exact_weights": len(grid) >= _THIRD_ORDER}

@@ -26,6 +26,7 @@ from ldm.modules.diffusionmodules.schedule import NoiseSchedule, extract_into_te
 from ldm.modules.diffusionmodules.timesteps import check_sampling, sample_timesteps
 from ldm.modules.distributions.distributions import normal_kl
 from ldm.modules.ema import LitEma, ema_scope
+from ldm.modules.rates import with_schedule
 from ldm.util import ConfigError, default, instantiate_from_config, mean_flat, plain
 
 log = logging.getLogger(__name__)
@@ -367,8 +368,4 @@ class DDPM(pl.LightningModule):
             optimizer = instantiate_from_config(self.optimizer_config, params=params, **options)
         else:
             optimizer = torch.optim.AdamW(params, lr=self.learning_rate)
-        if self.scheduler_config is None:
-            return optimizer
-        factor = instantiate_from_config(self.scheduler_config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor.schedule)
-        return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 1}]
+        return with_schedule(optimizer, self.scheduler_config)

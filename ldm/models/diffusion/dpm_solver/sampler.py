@@ -160,7 +160,11 @@ class DPMSolverSampler(Sampler):
 
     def rule(self, grid: Grid) -> Rule:
         """A fresh history."""
-        return DPMSolverRule(grid, **self._options, eta=getattr(self, "eta", self.default_eta))
+        return DPMSolverRule(grid, **self.options_for(grid), eta=getattr(self, "eta", self.default_eta))
+
+    def options_for(self, grid: Grid) -> dict[str, Any]:
+        """Of the solver, for a walk along `grid`."""
+        return self._options
 
     def check(self, eta: float) -> None:
         """Only the stochastic algorithms add noise."""

@@ -24,6 +24,7 @@ from ldm.modules.diffusionmodules.schedule import NoiseSchedule
 from ldm.modules.ema import LitEma, ema_scope
 from ldm.modules.encoders.conditioner import GeneralConditioner
 from ldm.modules.freezing import freeze
+from ldm.modules.rates import with_schedule
 from ldm.util import ConfigError, UserError, get_obj_from_str, instantiate_from_config, plain
 
 __all__ = ["DiffusionEngine"]
@@ -263,11 +264,7 @@ class DiffusionEngine(pl.LightningModule):
         config = self.optimizer_config or {"target": "torch.optim.AdamW"}
         options = {"lr": self.learning_rate, **(config.get("params") or {})}
         optimizer = instantiate_from_config(config, params=self.trainable_parameters(), **options)
-        if self.scheduler_config is None:
-            return optimizer
-        factor = instantiate_from_config(self.scheduler_config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=factor.schedule)
-        return [optimizer], [{"scheduler": schedule, "interval": "step", "frequency": 1}]
+        return with_schedule(optimizer, self.scheduler_config)
 
 
 def _timesteps(denoiser: Any) -> tuple[NoiseSchedule | None, str | None]:
