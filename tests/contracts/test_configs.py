@@ -47,13 +47,23 @@ def test_training_config_gives_an_optimizer_and_a_schedule(name):
 
 
 def reduced(config: dict[str, Any], cache_dir: Path) -> dict[str, Any]:
-    """A data set's config with two items instead of many; a cache of latents goes into `cache_dir`."""
+    """A data set's config, and those of the data sets inside, with few items instead of many; a cache of latents goes into `cache_dir`."""
     params = dict(config["params"])
     if "size" in params:
-        params["size"] = 2
+        params["size"] = 16
+    if "dataset" in params:
+        params["dataset"] = reduced(params["dataset"], cache_dir)
     if config["target"].endswith("CachedLatents"):
-        params |= {"dataset": reduced(params["dataset"], cache_dir), "cache_dir": str(cache_dir), "batch_size": 2, "workers": 0}
+        params |= {"cache_dir": str(cache_dir), "batch_size": 2, "workers": 0}
     return {**config, "params": params}
+
+
+def first_stage_weights(config: dict[str, Any]) -> str | None:
+    """The file of the first stage that a data set, or one inside it, encodes with."""
+    params = config["params"]
+    if "dataset" in params and (inside := first_stage_weights(params["dataset"])):
+        return inside
+    return ((params.get("first_stage") or {}).get("params") or {}).get("ckpt_path")
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -63,7 +73,7 @@ def test_data_of_the_shapes_configs(name, tmp_path):
     assert "train" in splits
     params = {**data["params"], "batch_size": 2, "num_workers": 0}
     for split in splits:
-        weights = ((params[split]["params"].get("first_stage") or {}).get("params") or {}).get("ckpt_path")
+        weights = first_stage_weights(params[split])
         if weights is not None and not Path(weights).exists():
             del params[split]  # latents of a first stage that is not trained yet
         else:
