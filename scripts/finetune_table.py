@@ -2,11 +2,11 @@
 """Teach the Shapes model a word for a combination it has never seen, by every method of fine-tuning, and count before and after.
 
 For each method the config `configs/finetune/METHOD-shapes.yaml` is trained as it stands, on eight pictures of the combination, whose
-captions call it by a word that the model does not know; then the same prompts are drawn as before it, through the steps of
-`scripts/txt2img.py`, and read back by the oracle: prompts with the word alone and beside another object, and prompts of the training
-world, which must not be forgotten. How often the untrained model obeys the combination's plain name is counted, too. Writes `table.md` and
-`results.json` into --outdir, and with --docs the table into docs/finetuning.md. What is there of an earlier run with the same settings
-is used again: trainings that are finished, and counts.
+captions call it by a word that the model does not know (and, but for textual inversion, by its shape: "sks heart"); then the same
+prompts are drawn as before it, through the steps of `scripts/txt2img.py`, and read back by the oracle: prompts with the word alone and
+beside another object, and prompts of the training world, which must not be forgotten. How often the untrained model obeys the
+combination's plain name is counted, too. Writes `table.md` and `results.json` into --outdir, and with --docs the table into
+docs/finetuning.md. What is there of an earlier run with the same settings is used again: trainings that are finished, and counts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from ldm.inference.cli import guarded, say
 
 CONFIG, SHIPPED = ROOT / "models" / "shapes" / "config.yaml", ROOT / "models" / "shapes" / "model.safetensors"
 METHODS = {"lora": "LoRA", "textual_inversion": "textual inversion", "dreambooth": "DreamBooth"}
-WORDS = {"lora": "sks", "textual_inversion": "<mine>", "dreambooth": "sks"}  # of the configs
+RARE, LEARNT = "sks", "<mine>"  # the words of the configs: before the name of the shape, and for both
 MARKS = ("<!-- table -->", "<!-- /table -->")  # in docs/finetuning.md
 
 
@@ -115,8 +115,8 @@ def train(method: str, args: argparse.Namespace, folder: Path) -> tuple[Path, fl
             raise UserError(f"{folder} holds a training from other weights or settings: remove it, or choose another --outdir")
         return next(folder.glob("*_run*")), found["seconds"]
     color, shape = args.combination
-    data = "data.params.train.params" + ("" if method == "textual_inversion" else ".instance.params")
-    words = [f"ckpt={args.ckpt}", f"{data}.color={color}", f"{data}.shape={shape}", *args.overrides]
+    words = [f"ckpt={args.ckpt}", f"color={color}", f"shape={shape}", *args.overrides]
+    words += [] if method == "textual_inversion" else [f"word={RARE} {shape}"]
     words += [f"lightning.trainer.max_steps={args.steps}"] if args.steps else []
     if folder.exists():
         raise UserError(f"{folder} holds a run that did not finish: remove it, or go on with it by main.py --resume")
@@ -170,7 +170,7 @@ def table(results: dict[str, Any], args: argparse.Namespace) -> str:
         return " | ".join(f"{found[group] / total:.0%}" for group, total in of.items())
 
     lines.append(f"| none, called *{name}* | {shares(results['named'])} | | | |")
-    lines.append(f"| none, called by the new word | {shares(results['before'])} | | | |")
+    lines.append(f"| none, called *{RARE} {results['combination'][1]}* | {shares(results['before'])} | | | |")
     for method, found in results["methods"].items():
         size = f"{found['bytes'] / 2**10:.0f} KiB" if found["bytes"] < 2**20 else f"{found['bytes'] / 2**20:.0f} MiB"
         lines.append(f"| {METHODS[method]} | {shares(found)} | {found['values']:,} | {size} | {found['seconds'] / 60:.0f} min |")
@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> None:
     results = earlier(args)
     look, name = (color, shape), f"{color} {shape}"
     base = [*flags_with("", SHIPPED, args.ckpt), *args.draw]
-    for row, word in (("named", None), ("before", (name, WORDS["lora"]))):
+    for row, word in (("named", None), ("before", (name, f"{RARE} {shape}"))):
         if row not in results:
             say(f"{row}: drawing {3 * args.n} pictures")
             results[row] = count(groups, base, look, word)
@@ -231,7 +231,8 @@ def run(args: argparse.Namespace) -> None:
         say(f"{METHODS[method]}: training")
         folder, seconds = train(method, args, args.outdir / method)
         result = result_of(method, folder)
-        found: dict[str, Any] = count(groups, [*flags_with(method, result, args.ckpt), *args.draw], look, (name, WORDS[method]))
+        word = LEARNT if method == "textual_inversion" else f"{RARE} {shape}"
+        found: dict[str, Any] = count(groups, [*flags_with(method, result, args.ckpt), *args.draw], look, (name, word))
         say(f"{METHODS[method]}: {found} of {args.n}")
         found["values"], found["steps"] = trained_values(folder)
         found |= {"bytes": result.stat().st_size, "seconds": seconds}

@@ -43,13 +43,14 @@ def measure(options: argparse.Namespace) -> None:
         raise UserError(f"--n {options.n} must be 1 or more")
     if options.json and Path(options.json).exists():
         raise UserError(f"--json {options.json} exists already: choose another name")
+    from ldm.inference.facts import read_config, read_facts
     from ldm.inference.models import load_model, pick_device
     from ldm.metrics.sensitivity import TIMESTEPS, markdown, sensitivity
 
+    timesteps, total = tuple(options.timesteps or TIMESTEPS), read_facts(read_config(options.config)).timesteps
+    if wrong := [t for t in timesteps if not 0 <= t < total]:
+        raise UserError(f"--timesteps {' '.join(map(str, wrong))}: this model has 0 to {total - 1}")
     model = load_model(options.config, options.ckpt, pick_device(options.device), options.ema)
-    timesteps = tuple(options.timesteps or TIMESTEPS)
-    if wrong := [t for t in timesteps if not 0 <= t < model.num_timesteps]:
-        raise UserError(f"--timesteps {' '.join(map(str, wrong))}: this model has 0 to {model.num_timesteps - 1}")
     found = sensitivity(model, timesteps=timesteps, n=options.n, seed=options.seed, progress=lambda word: say(f"wrong {word} ..."))
     say(markdown(found, timesteps))
     if options.json:

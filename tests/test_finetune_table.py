@@ -62,15 +62,15 @@ def test_from_training_to_the_page(script, tmp_path, monkeypatch, capsys):
     page = (tmp_path / "docs" / "finetuning.md").read_text()
     assert page.startswith("before\n<!-- table -->\n| method | a purple heart is shown |") and page.endswith("<!-- /table -->\nafter\n")
     assert "old" not in page and "| none, called *purple heart* | 25% | 0% | 0% | 0% | | | |" in page
-    assert "| none, called by the new word | 100% | 100% | 100% | 100% | | | |" in page
+    assert "| none, called *sks heart* | 100% | 100% | 100% | 100% | | | |" in page
     assert "| LoRA | 100% | 100% | 100% | 100% | 1,234 | 2 KiB | 2 min |" in page and "drawn with --steps 9" in page
     assert (tmp_path / "out" / "table.md").read_text() in page
     assert json.loads((tmp_path / "out" / "results.json").read_text())["methods"]["dreambooth"]["others"] == 2
     model = ["--config", str(script.CONFIG), "--ckpt"]
     assert drawn[0][0] == [*model, str(script.SHIPPED), "--steps", "9"]
-    assert drawn[1] == (drawn[0][0], ("purple heart", "sks")) and drawn[0][1] is None
+    assert drawn[1] == (drawn[0][0], ("purple heart", "sks heart")) and drawn[0][1] is None
     assert drawn[2][0][-4:-2] == ["--lora", str(tmp_path / "out" / "lora" / "lora.safetensors")]
-    assert drawn[2][1] == drawn[4][1] == ("purple heart", "sks") and drawn[3][1] == ("purple heart", "<mine>")
+    assert drawn[2][1] == drawn[4][1] == ("purple heart", "sks heart") and drawn[3][1] == ("purple heart", "<mine>")
     assert drawn[4][0][:4] == [*model, str(tmp_path / "out" / "dreambooth" / "model.safetensors")]
     assert "written: " in capsys.readouterr().out
 

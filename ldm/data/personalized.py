@@ -202,7 +202,7 @@ class DrawnPictures(Dataset):
 
     def __init__(
         self,
-        prompts: str | Sequence[str],  # one, or several in turn
+        prompts: Any,  # a text, several in turn, or {target, params} of a data set whose captions they are
         pictures: int = 200,
         ckpt: str | None = None,  # weights of the model; None: the model that ships
         config: str | None = None,  # its YAML; None: beside the weights, or found from them
@@ -219,7 +219,7 @@ class DrawnPictures(Dataset):
         image_key: str = "image",
         caption_key: str = "caption",
     ) -> None:
-        self.prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.prompts = _texts(prompts, pictures)
         if not self.prompts or pictures < 1:
             raise ConfigError(f"DrawnPictures: {len(self.prompts)} prompts and {pictures} pictures: at least one of each is needed")
         self.pictures, self.image_key, self.caption_key = pictures, image_key, caption_key
@@ -278,3 +278,20 @@ class DrawnPictures(Dataset):
                 log.info("drawn %d of %d", first + len(chosen), len(missing))
         lines = [json.dumps({"file_name": self.path(i).name, "text": self.caption(i)}) for i in range(self.pictures)]
         (self.folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _texts(prompts: Any, n: int) -> list[str]:
+    """A text or several as they are, or the first n captions of a data set, of which no picture is opened."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not hasattr(prompts, "keys"):
+        return list(prompts)
+    dataset = instantiate_from_config(plain(prompts))
+    places = range(min(n, len(dataset)))
+    if hasattr(dataset, "caption_for"):
+        return [dataset.caption_for(i, 0) for i in places]
+    facts = [dataset.facts(i) if hasattr(dataset, "facts") else {} for i in places]
+    if not all("caption" in fact for fact in facts):
+        name = type(dataset).__name__
+        raise ConfigError(f"DrawnPictures: {name} tells no captions without its pictures: give prompts as a list of texts")
+    return [fact["caption"] for fact in facts]

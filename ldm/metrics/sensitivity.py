@@ -65,18 +65,24 @@ def sensitivity(
         progress(change)
         scenes, *captions = wrong_captions(change, n, seed)
         parts = [slice(start, start + batch) for start in range(0, n, batch)]
-        errors = np.concatenate([_errors(model, scenes[p], [c[p] for c in captions], timesteps, image_size, seed) for p in parts], axis=2)
+        noise = torch.Generator().manual_seed(seed)  # goes on from part to part: each scene has its own
+        errors = np.concatenate([_errors(model, scenes[p], [c[p] for c in captions], timesteps, image_size, noise) for p in parts], axis=2)
         found[change] = [Sensitivity(float(r.mean()), float((w - r).mean()), float((w > r).mean())) for r, w in errors]
     return found
 
 
 def _errors(
-    model: Any, scenes: Sequence[Scene], captions: Sequence[Sequence[str]], timesteps: Sequence[int], image_size: int, seed: int
+    model: Any,
+    scenes: Sequence[Scene],
+    captions: Sequence[Sequence[str]],
+    timesteps: Sequence[int],
+    image_size: int,
+    generator: torch.Generator,  # of the noise
 ) -> np.ndarray:
     """Mean square errors (timesteps, right and wrong caption, scenes) of what the model predicts."""
     pictures = np.stack([render(scene, image_size) for scene in scenes]).astype(np.float32) / 127.5 - 1
     z = model.get_first_stage_encoding(model.encode_first_stage(torch.from_numpy(pictures).movedim(-1, 1).to(model.device)).mode())
-    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+    noise = torch.randn(z.shape, generator=generator).to(z)
     conds = [model.get_learned_conditioning(list(texts)) for texts in captions]
     found = []
     for step in timesteps:

@@ -128,7 +128,7 @@ class LoRA(FineTuning):
         self,
         rank: int = 8,
         alpha: float | None = None,  # changes are scaled by alpha / rank; None: rank
-        targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),  # ends of the names of the network's layers, linear or convolution
+        targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0"),  # ends of names of the network's layers; []: none
         text_encoder: bool = False,
         text_targets: Sequence[str] | None = None,  # of the text encoder; None: its attention
         dropout: float = 0.0,  # before the first factor
@@ -144,6 +144,7 @@ class LoRA(FineTuning):
         wrong = [f"rank is {rank}, it must be at least 1"] if rank < 1 else []
         wrong += [f"dropout is {dropout}, it must lie in 0 to below 1"] if not 0 <= dropout < 1 else []
         wrong += [f"init {init!r} is unknown: use {' or '.join(inits)}"] if init not in inits else []
+        wrong += ["targets is empty and text_encoder is off: nothing would be trained"] if not targets and not text_encoder else []
         wrong += ["dropout has no effect in a text encoder: drop one of them"] if dropout and text_encoder else []
         if wrong:
             raise ConfigError(f"LoRA: {'; '.join(wrong)}")
@@ -163,7 +164,8 @@ class LoRA(FineTuning):
 
     def add(self, model: Any) -> None:
         self.names = list(model.state_dict())
-        self._inject(model.model.diffusion_model, self.targets, [], "the network")
+        if self.targets:
+            self._inject(model.model.diffusion_model, self.targets, [], "the network")
         for encoder in text_encoders(model) if self.changes_text else []:
             fused = isinstance(encoder, FrozenOpenCLIPEmbedder)
             targets = self.text_targets or (["in_proj_weight", "out_proj"] if fused else ["q_proj", "k_proj", "v_proj", "out_proj"])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm.data.latents import CachedLatents
 from ldm.data.personalized import TEMPLATES, DrawnPictures, PersonalizedPictures, ShapesOfOne, WithPrior
-from ldm.data.shapes import parse
+from ldm.data.shapes import ShapesDataset, parse
 from ldm.metrics.shapes import judge
 from ldm.util import ConfigError
 from tests.inference.tiny import write_model
@@ -123,6 +123,26 @@ def test_drawn_pictures_are_kept_gone_on_with_and_drawn_anew_for_another_model(t
     assert DrawnPictures("a red heart", pictures=1, **{**options, "ckpt": other}).folder != data.folder
     with pytest.raises(ConfigError, match="0 prompts and 3 pictures"):
         DrawnPictures([], pictures=3, **options)
+
+
+def test_what_is_drawn_can_be_the_captions_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"pictures": 2, "ckpt": str(write_model(tmp_path / "model")), "steps": 1, "scale": 1.0, "cache_dir": "drawn"}
+    world = {"target": "ldm.data.shapes.ShapesDataset", "params": {"size": 3, "image_size": 64, "seed": 4}}
+    data = DrawnPictures(world, **options)
+    asked = ShapesDataset(**world["params"])
+    assert [data.caption(i) for i in range(2)] == [asked.caption_for(i, 0) for i in range(2)] == [data[i]["caption"] for i in range(2)]
+    named = {"target": "ldm.data.personalized.PersonalizedPictures", "params": {"root": str(data.folder), "word": "it", "size": 64}}
+    assert all("it" in text.split() for text in DrawnPictures(named, **options).prompts), "no caption_for is needed: facts tell it, too"
+    with pytest.raises(ConfigError, match="Silent tells no captions without its pictures"):
+        DrawnPictures({"target": f"{__name__}.Silent"}, **options)
+
+
+class Silent(torch.utils.data.Dataset):
+    """Pictures without captions."""
+
+    def __len__(self) -> int:
+        return 2
 
 
 def test_every_item_comes_with_one_of_the_prior():

@@ -68,6 +68,21 @@ def test_what_is_understood_is_told_from_what_is_not(monkeypatch):
     assert "| background | 100% (+1.0000) | 100% (+1.0000) |" in markdown(found, (900, 10))
 
 
+def test_every_scene_has_its_own_noise_whatever_the_batches_are():
+    class Listener(Reader):
+        def q_sample(self, z, t, noise):
+            self.heard.append(noise)
+            return super().q_sample(z, t, noise)
+
+    noises = []
+    for batch in (4, 8):
+        model = Listener()
+        model.heard = []
+        sensitivity(model, changes=["background"], timesteps=(900,), n=8, batch=batch)
+        noises.append(torch.cat(model.heard))
+    assert torch.equal(*noises) and len(noises[0].flatten(1).unique(dim=0)) == 8
+
+
 def test_the_script_measures_the_model_that_ships(tmp_path, monkeypatch, capsys):
     from scripts import prompt_sensitivity
 
@@ -77,5 +92,5 @@ def test_the_script_measures_the_model_that_ships(tmp_path, monkeypatch, capsys)
     out = capsys.readouterr().out
     assert "| background |" in out and json.loads(path.read_text())["wrong"]["background"][0]["noticed"] > 0.5
     assert prompt_sensitivity.main() == 2 and "exists already" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["prompt_sensitivity.py", "--timesteps", "1000"])
+    monkeypatch.setattr("sys.argv", ["prompt_sensitivity.py", "--timesteps", "1000", "--ckpt", "not-read.safetensors"])
     assert prompt_sensitivity.main() == 2 and "this model has 0 to 999" in capsys.readouterr().err

@@ -80,6 +80,12 @@ def test_a_lora_run_trains_only_its_factors_and_resumes_to_the_bit(finetune, bas
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in layers
 
 
+def test_a_lora_of_the_text_encoder_alone(finetune):
+    text = {**LORA, "params": {**LORA["params"], "targets": []}}
+    layers = read_lora(finetune(text, name="text") / "lora.safetensors")
+    assert layers and all(name.startswith("lora_te_") for name in layers)
+
+
 def test_a_run_does_not_go_on_from_another_base(finetune, base, tmp_path):
     folder = finetune(LORA, "lightning.trainer.max_steps=1", name="moved")
     other = write_model(tmp_path / "other", seed=5)
@@ -93,6 +99,7 @@ def test_a_run_does_not_go_on_from_another_base(finetune, base, tmp_path):
     [
         ({"rank": 0, "dropout": 1.0, "init": "ones"}, "rank is 0.*dropout is 1.0.*init 'ones' is unknown: use kaiming or gaussian"),
         ({"dropout": 0.1, "text_encoder": True}, "dropout has no effect in a text encoder"),
+        ({"targets": []}, "nothing would be trained"),
     ],
 )
 def test_wrong_settings_of_a_lora(params, message):

@@ -60,7 +60,7 @@ def test_the_model_is_that_of_its_base(method, base):
 
 # ------------------------------------------------------------------------------------------------------- the model that ships
 FLAGS = {
-    "lora": ("a purple heart", "--lora", "lora.safetensors"),
+    "lora": ("a sks heart", "--lora", "lora.safetensors"),
     "textual_inversion": ("a <mine>", "--embedding", "embedding.safetensors"),
 }
 
@@ -69,14 +69,15 @@ FLAGS = {
 def test_from_the_config_to_a_picture_with_the_model_that_ships(method, tmp_path, capsys):
     words = ["lightning.trainer.max_steps=2", "lightning.callbacks.image_logger=null", "lightning.callbacks.training_plot=null"]
     words += ["lightning.logger=false", "data.params.batch_size=1", "lightning.trainer.accelerator=cpu"]
-    if method == "dreambooth":
-        prior = "data.params.train.params.prior.params"
-        words += [f"{prior}.pictures=2", f"{prior}.steps=2", f"{prior}.size=128", f"{prior}.cache_dir={tmp_path}/drawn"]
-        words += ["data.params.train.params.instance.params.image_size=128"]
-    elif method == "lora":
-        words += [f"data.params.train.params.{part}.params.image_size=128" for part in ("instance", "prior")]
-    else:
-        words += ["data.params.train.params.image_size=128"]
+    train = "data.params.train.params"
+    if method == "textual_inversion":
+        words += [f"{train}.image_size=128"]
+    else:  # latents are kept, of few pictures here
+        words += [f"{train}.{part}.params.cache_dir={tmp_path}/latents" for part in ("instance", "prior")]
+        drawn = ["pictures=2", "steps=2", "size=128", f"cache_dir={tmp_path}/drawn"]
+        prior = drawn if method == "dreambooth" else ["size=2", "image_size=128"]
+        words += [f"{train}.prior.params.dataset.params.{word}" for word in prior]
+        words += [f"{train}.instance.params.dataset.params.image_size=128"]
     assert main(["--base", f"configs/finetune/{method}-shapes.yaml", "-t", "-n", "run", "-l", str(tmp_path / "logs"), *words]) == 0
     (run,) = (tmp_path / "logs").iterdir()
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
