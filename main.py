@@ -1,4 +1,4 @@
-"""Starts a training from YAML configs: `python main.py --base configs/shapes/ldm.yaml --train`. The code is in ldm.training.
+"""Starts a training from YAML configs: `python main.py --base configs/shapes/tiny.yaml --train`. The code is in ldm.training.
 
 The names below are addresses that configs use (`target: main.DataModuleFromConfig`).
 """

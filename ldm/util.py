@@ -10,6 +10,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -204,6 +205,16 @@ def instantiate_from_config(config: Any, **overrides: Any) -> Any:
     except ValueError:  # a class without an inspectable signature
         pass
     return cls(**params)
+
+
+def names_weights(version: str) -> bool:
+    """Whether the `version` of a text or image tower is a file of weights to read; a published name is not, a folder a ConfigError."""
+    path = Path(version)
+    if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        return True
+    if path.exists():
+        raise ConfigError(f"version: {version} is no file of weights: name the .safetensors, .ckpt, .pt, .pth or .bin file itself")
+    return False
 
 
 def exists(value: Any) -> bool:

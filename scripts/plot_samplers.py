@@ -2,6 +2,7 @@
 """Measure every sampler against the truth and write docs/samplers.md and docs/samplers.png; with a network, too, if one is given."""
 
 import argparse
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -56,6 +57,11 @@ def markdown_table(table: "dict[str, list[float]]", calls: "tuple[int, ...]") ->
     return "\n".join(lines)
 
 
+def shown(path: str) -> str:
+    """A path as it is written in the repository's folder."""
+    return os.path.relpath(path, Path(__file__).resolve().parents[1])
+
+
 def plot(panels: "list[tuple[str, dict[str, list[float]], tuple[str, ...]]]", calls: "tuple[int, ...]", path: Path) -> None:
     """Error against model calls, one panel a measure."""
     import matplotlib
@@ -97,7 +103,7 @@ def load(options: argparse.Namespace) -> "tuple[Any, Any, Any, tuple[int, ...]]"
 
 TEXT = """# Samplers, measured
 
-Made by `python scripts/plot_samplers.py`. Errors by number of model calls; a guided call counts once. Bold is the best of a column.
+Made by `{command}`. Errors by number of model calls; a guided call counts once. Bold is the best of a column.
 The names are those of `--sampler`; `{fast}` is the {about}.
 
 ![error against model calls](samplers.png)
@@ -148,6 +154,8 @@ def main() -> int:
             raise UserError("--config and --ckpt belong together: give both, or neither")
         if not Path(options.outdir).is_dir():
             raise UserError(f"--outdir {options.outdir!r} is not a folder")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UserError('the figure needs matplotlib: pip install -e ".[train]"')
         say(f"written: {', '.join(map(str, measure(options, names)))}")
 
     return guarded(run)
@@ -161,7 +169,10 @@ def measure(options: argparse.Namespace, names: "list[str]") -> "list[Path]":
     flow = metric.mean_table([metric.flow_errors(problem, ode) for problem in metric.problems()]) if ode else {}
     spread = metric.spread_errors(names)
     panels = [("distance from the exact flow, mixtures", flow, DRAWN), ("error of the spread, Gaussian data", spread, DRAWN_RANDOM)]
+    network = [] if options.config is None else ["--config", shown(options.config), "--ckpt", shown(options.ckpt)]
+    network += ["--reference", str(options.reference)] if network else []
     text = TEXT.format(
+        command=" ".join(["python scripts/plot_samplers.py", *network]),
         fast=RECOMMENDED,
         about=SAMPLERS[RECOMMENDED].summary,
         problems="; ".join(problem.name for problem in metric.problems()),
@@ -173,9 +184,12 @@ def measure(options: argparse.Namespace, names: "list[str]") -> "list[Path]":
         known: dict[str, Any] = {"scale": options.scale, "batch": len(options.prompt), "reference": options.reference}
         table = metric.network_errors(model, cond, uncond, shape, ode, progress=say, **known)
         panels.append((f"distance from {options.reference} calls, network", table, DRAWN))
-        config = os.path.relpath(options.config, Path(__file__).resolve().parents[1])
         text += NETWORK.format(
-            config=config, n=len(options.prompt), scale=options.scale, reference=options.reference, table=markdown_table(table, calls)
+            config=shown(options.config),
+            n=len(options.prompt),
+            scale=options.scale,
+            reference=options.reference,
+            table=markdown_table(table, calls),
         )
     page, figure = Path(options.outdir) / "samplers.md", Path(options.outdir) / "samplers.png"
     page.write_text(text, encoding="utf-8")

@@ -6,22 +6,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.util import CheckpointError
+from ldm.util import CheckpointError, names_weights
 
 _CONFIGS = (".yaml", ".yml", ".json")
 
 
 def start_weights(config: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(key, path) of every `ckpt_path` in a config; keys as they are written on the command line."""
+    """(key, path) of every `ckpt_path` in a config, and of a text encoder's `version` that is a file; keys as on the command line."""
     if isinstance(config, Mapping):
         for key, value in config.items():
-            if key == "ckpt_path" and value is not None:
+            if (key == "ckpt_path" and value is not None) or (key == "version" and _is_file_name(value)):
                 yield f"{place}.{key}", str(value)
             else:
                 yield from start_weights(value, f"{place}.{key}")
     elif isinstance(config, (list, tuple)):
         for i, value in enumerate(config):
             yield from start_weights(value, f"{place}.{i}")
+
+
+def _is_file_name(version: Any) -> bool:
+    """A folder is right for transformers' text encoders: the encoder says what it takes."""
+    return isinstance(version, str) and not Path(version).is_dir() and names_weights(version)
 
 
 def check_start_weights(config: Mapping[str, Any]) -> None:

@@ -159,6 +159,8 @@ def test_weights_from_a_local_file(tmp_path: Path) -> None:
     save_weights({"model.visual.proj": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="does not fit this model: it lacks"):
         FrozenOpenCLIPEmbedder(TINY, version=str(tmp_path / "other.safetensors"), max_length=12)
+    with pytest.raises(ConfigError, match="is no file of weights: name the"):  # and not random weights without a word
+        FrozenOpenCLIPEmbedder(TINY, version=str(tmp_path), max_length=12)
 
 
 def test_cut_words_are_named_once(caplog: pytest.LogCaptureFixture) -> None:

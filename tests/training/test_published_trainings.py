@@ -138,6 +138,8 @@ def test_a_config_in_the_place_of_weights(tmp_path, capsys):
 def test_all_start_weights_are_found():
     model = {"params": {"ckpt_path": "a", "first": {"ckpt_path": None}, "list": [{"ckpt_path": "b"}]}}
     assert list(start_weights(model, "model")) == [("model.params.ckpt_path", "a"), ("model.params.list.0.ckpt_path", "b")]
+    towers = {name: {"version": name} for name in ("laion2b_s32b_b79k", "openai/clip-vit-large-patch14", "tower.safetensors")}
+    assert list(start_weights(towers, "model")) == [("model.tower.safetensors.version", "tower.safetensors")]
 
 
 def test_data_that_is_not_there(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from ldm.modules.diffusionmodules.util import timestep_embedding
 from ldm.modules.encoders.clip_towers import CLIP, read_arch
 from ldm.modules.encoders.text import AbstractEncoder
 from ldm.modules.freezing import freeze
-from ldm.util import CheckpointError, ConfigError
+from ldm.util import CheckpointError, ConfigError, names_weights
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # RGB, pixels in [0, 1]
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIZE = 224  # pixels, square
-_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 OPENAI_NAMES = {  # name in OpenAI's package -> open_clip's
     "ViT-B/32": "ViT-B-32-quickgelu",
     "ViT-B/16": "ViT-B-16-quickgelu",
@@ -97,7 +95,7 @@ class FrozenOpenCLIPImageEmbedder(ClipImageEncoder):
             raise ConfigError(f"FrozenOpenCLIPImageEmbedder: layer {layer!r} is unknown; use pooled")
         super().__init__(_without_text_transformer(arch), antialias, ucg_rate)
         self.layer, self.max_length = layer, max_length
-        if Path(version).suffix in _WEIGHT_FILES and not self.model.visual.proj.is_meta:
+        if names_weights(version) and not self.model.visual.proj.is_meta:
             load_tower(self.model, version)
         if freeze:
             self.freeze()

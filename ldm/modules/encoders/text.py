@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.modules.encoders.clip_towers import TextTower
 from ldm.modules.encoders.tokenizers import CONTEXT_LENGTH, END, START, ClipTokenizer
 from ldm.modules.encoders.weighted import Prompt, encode_prompts
-from ldm.util import CheckpointError, ConfigError, UserError
+from ldm.util import CheckpointError, ConfigError, UserError, names_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -32,7 +32,6 @@ _OPENAI_TEXT = {
     "openai/clip-vit-base-patch16": (512, 12, 8),
     "openai/clip-vit-base-patch32": (512, 12, 8),
 }
-_WEIGHT_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _MAX_CUT_WARNINGS = 50  # then a training on long captions stays readable
 
 
@@ -256,7 +255,7 @@ class FrozenOpenCLIPEmbedder(ClipTextEncoder):
             raise ConfigError(f"max_length {max_length} is more than the context_length {self.model.context_length} of {arch}")
         self.max_length = max_length
         self.tokenizer = ClipTokenizer("open_clip", max_length)
-        if Path(version).suffix in _WEIGHT_FILES and self.device.type != "meta":
+        if names_weights(version) and self.device.type != "meta":
             from ldm.inference.checkpoint import load_weights  # lies above this layer
 
             load_weights(self.model, version, ignore=("visual.",))  # of a whole CLIP, or of a whole diffusion model
