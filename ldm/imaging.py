@@ -68,15 +68,15 @@ def nearest_legal(size: int, multiple: int) -> int:
     return min(legal_neighbours(size, multiple), key=lambda n: abs(n - size))
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Read a picture as RGB, turned upright by its EXIF tag, transparency laid on white.
+def load_image(path: str | Path, ground: str = "white") -> Image.Image:
+    """Read a picture as RGB, turned upright by its EXIF tag, transparency laid on `ground`, a color.
 
     Raises `UserError` in one line for a missing, unreadable, empty or absurdly large file.
     """
     try:
         with Image.open(path) as file:
             file.load()
-            return _as_rgb(ImageOps.exif_transpose(file))
+            return _as_rgb(ImageOps.exif_transpose(file), ground)
     except FileNotFoundError:
         raise UserError(f"image {str(path)!r} does not exist") from None
     except IsADirectoryError:
@@ -91,14 +91,14 @@ def load_image(path: str | Path) -> Image.Image:
         raise UserError(f"image {str(path)!r} is damaged: {error}") from None
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, ground: str) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # 16-bit and float gray: scaled to 8 bits, not clipped
         values = np.asarray(image, dtype=np.float32)
         top = 65535.0 if image.mode != "F" or values.max(initial=0.0) > 255.0 else 255.0 if values.max(initial=0.0) > 1.0 else 1.0
         return Image.fromarray(np.rint(np.clip(values / top, 0.0, 1.0) * 255.0).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba).convert("RGB")
     return image.convert("RGB")
 
 

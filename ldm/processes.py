@@ -41,6 +41,12 @@ def started_by_another(environment: Mapping[str, str] | None = None) -> bool:
     return "LOCAL_RANK" in env and rank_and_world(env)[1] == 1
 
 
+def stands_alone(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether nobody has started this process together with others: not Lightning's launcher, torchrun or SLURM."""
+    env = os.environ if environment is None else environment
+    return not started_by_another(env) and rank_and_world(env)[1] == 1
+
+
 def label(environment: Mapping[str, str] | None = None) -> str:
     """` (process 3)` for what a process other than the first says; empty for the first."""
     env = os.environ if environment is None else environment

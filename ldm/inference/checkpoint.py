@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm.inference.output import move_without_replacing
 from ldm.inference.weights import key_names
 from ldm.inference.weights.files import TensorInfo, file_kind, read_header, read_tensors
 from ldm.util import CheckpointError, UserError
@@ -316,14 +318,17 @@ def save_weights(
     state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = _to_store(state, dtype)
     header = {"format": "pt", **{k: v if isinstance(v, str) else json.dumps(v) for k, v in (metadata or {}).items()}}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # hosts that share a disk have the same process numbers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask says; safetensors makes files that only their owner can read
         save_file(tensors, temporary, metadata=header)
         temporary.chmod(mode)
-        os.replace(temporary, path)
+        if overwrite:
+            os.replace(temporary, path)
+        elif not move_without_replacing(temporary, path):  # another program was faster
+            raise UserError(f"{path} exists already: choose another name or ask to overwrite it")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     finally:

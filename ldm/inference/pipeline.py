@@ -250,11 +250,13 @@ class Pipeline:
 
     def _decode(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W). In float32 unless bf16 was asked for, and again in float32 should bf16 overflow."""
-        with self._autocast() if self.settings.precision == "bf16" else nullcontext():
+        full = torch.autocast(self.device.type, enabled=False)  # the frames of a film are decoded amid the sampling
+        with self._autocast() if self.settings.precision == "bf16" else full:
             pixels = self.model.decode_first_stage(latents)
         if self.settings.precision == "bf16" and not torch.isfinite(pixels).all():
             log.warning("the VAE overflowed in bf16: decoding again in float32")
-            pixels = self.model.decode_first_stage(latents)
+            with full:
+                pixels = self.model.decode_first_stage(latents)
         _check_finite(pixels, "VAE", "full")
         return pixels
 

@@ -126,6 +126,13 @@ def local_part(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def _reshard(model: nn.Module) -> None:
+    """Cut again what a forward pass without a backward one has left whole (FSDP's modules that do so): averages are kept as shares."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):
+            module.reshard()
+
+
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in _HALF else tensor
 
@@ -139,6 +146,7 @@ def ema_scope(ema: LitEma | None, model: nn.Module, context: str | None = None) 
     if ema is None:
         yield
         return
+    _reshard(model)
     ema.store(model.parameters())
     try:
         ema.copy_to(model)
@@ -146,6 +154,7 @@ def ema_scope(ema: LitEma | None, model: nn.Module, context: str | None = None) 
             log.info("%s: switched to EMA weights", context)
         yield
     finally:
+        _reshard(model)
         ema.restore(model.parameters())
         if context:
             log.info("%s: restored training weights", context)

@@ -23,7 +23,7 @@ from ldm.training.callbacks import ProgressBar, ProgressLog
 from ldm.training.counting import EpochPlace, UpdateCounter
 from ldm.training.distributed import use_strategy
 from ldm.training.record import RunFolder, describe_run
-from ldm.training.state import AtomicCheckpointIO, LastCheckpoint, RngStateCallback, StepCheckpoint
+from ldm.training.state import AtomicCheckpointIO, LastCheckpoint, RateCallback, RngStateCallback, StepCheckpoint
 from ldm.util import ConfigError, instantiate_from_config
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def build_trainer(
         counter = UpdateCounter(arguments.pop("max_steps", -1) or -1)
         arguments.setdefault("max_epochs", -1)
         hand_over(arguments, model)
-    callbacks = [counter, EpochPlace(), RngStateCallback(seed), *build_callbacks(lightning, defaults, folder.checkpoints)]
+    callbacks = [counter, EpochPlace(), RngStateCallback(seed), RateCallback(), *build_callbacks(lightning, defaults, folder.checkpoints)]
     callbacks += build_checkpointing(lightning.get("modelcheckpoint") or {}, model, data, folder.checkpoints)
     if arguments.get("enable_progress_bar", True) and sys.stderr.isatty():
         callbacks.append(ProgressBar())

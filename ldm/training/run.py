@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
-from ldm.processes import is_first, started_by_another
+from ldm.processes import is_first, stands_alone, started_by_another
 from ldm.training.cli import merge_configs
 from ldm.training.counting import updates_done
 from ldm.training.distributed import describe_processes, end_others
@@ -187,6 +187,8 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, folder: RunFolder) -> int:
         if "weights_only" in inspect.signature(trainer.fit).parameters:
             options["weights_only"] = True
     try:
+        if trainer.world_size > 1 and stands_alone() and hasattr(data, "prepare_data"):
+            data.prepare_data()  # before the others are started: they would wait for a cache of latents no longer than half an hour
         trainer.fit(model, **options)
     except Stopped as stop:
         log.info("%s; go on with: python main.py --resume %s --train", stop, shlex.quote(str(folder.path)))

@@ -54,9 +54,12 @@ class ShardedStrategy(DDPStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.accelerator is not None and self.model is not None
         self.accelerator.setup(trainer)
-        if self._whole is None:
+        first = self._whole is None
+        if first:
             self._shard(self.model)
         self.model_to_device()
+        if first:
+            self._share_whole(self.model)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             self.setup_optimizers(trainer)
@@ -79,6 +82,12 @@ class ShardedStrategy(DDPStrategy):
         rest = sum(p.numel() for p in self._whole)
         message = "fsdp: %s, %.4g M parameters in %d shards; %.4g M trainable ones whole"
         log.info(message, ", ".join(networks), sharded / 1e6, mesh.size(), rest / 1e6)
+
+    def _share_whole(self, model: nn.Module) -> None:
+        """What is not sharded begins everywhere as on the first process, as DDP sees to: what a process drew before may differ."""
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if not isinstance(tensor, DTensor):
+                torch.distributed.broadcast(tensor.detach(), 0)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Average the gradients of what is not sharded. Doing so after every accumulated batch gives the same as doing so once."""

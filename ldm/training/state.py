@@ -83,7 +83,7 @@ def _plain_tree(value: Any) -> Any:
 
 # ---------------------------------------------------------------------- random state
 def rng_state() -> dict[str, Any]:
-    """State of all global generators (python, numpy, torch, accelerator) in types that `weights_only` loading accepts."""
+    """State of this process's global generators (python, numpy, torch, its accelerator) in types that `weights_only` loading accepts."""
     version, words, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
     state = {
@@ -92,23 +92,31 @@ def rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     elif torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned. Generators of devices that are not there are left out."""
+def set_rng_state(state: dict[str, Any]) -> bool:
+    """Put back what `rng_state` returned. False where the state knows nothing of the accelerator that is in use, which goes on as it is."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
     position, has_gauss, gauss = numpy["rest"]
     np.random.set_state((numpy["name"], numpy["keys"].numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
     torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    elif "mps" in state and torch.backends.mps.is_available():
+    if torch.cuda.is_available():
+        own = state.get("cuda")
+        if isinstance(own, (list, tuple)):  # of an earlier version: those of all devices
+            own = own[torch.cuda.current_device()] if torch.cuda.current_device() < len(own) else None
+        if own is None:
+            return False
+        torch.cuda.set_rng_state(own.cpu())
+    elif torch.backends.mps.is_available():
+        if "mps" not in state:
+            return False
         torch.mps.set_rng_state(state["mps"].cpu())
+    return True
 
 
 def seed_all(seed: int) -> None:
@@ -157,9 +165,10 @@ class RngStateCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loaded, self._loaded = self._loaded or [], None
         rank = trainer.global_rank
-        if rank < len(loaded):
-            set_rng_state(loaded[rank])
-        elif loaded:  # more processes than before: noise that is neither another's nor that of the first start
+        if rank < len(loaded) and set_rng_state(loaded[rank]):
+            return
+        if loaded:  # more processes than before, or another kind of device: noise that is neither another's nor that of the first start
+            log.warning("the checkpoint holds no random state for process %d on its device: it goes on with other noise", rank)
             seed_all(int(np.random.SeedSequence([self.seed, rank, trainer.global_step]).generate_state(1)[0]))
         elif rank > 0:  # the same weights everywhere, but other noise
             seed_all(self.seed + rank)
@@ -175,6 +184,31 @@ class RngStateCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._outer = None
         self._stack.close()
+
+
+class RateCallback(Callback):
+    """A learning rate that is another when a training goes on: optimizers and schedules come back from the checkpoint with the old one."""
+
+    def __init__(self) -> None:
+        self._before: float | None = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["learning_rate"] = getattr(pl_module, "learning_rate", None)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._before = checkpoint.get("learning_rate")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        now, before, self._before = getattr(pl_module, "learning_rate", None), self._before, None
+        if not now or not before or now == before:
+            return
+        factor = now / before
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            group.update({name: group[name] * factor for name in ("lr", "initial_lr") if name in group})
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        log.info("the learning rate, %.3e in the checkpoint, is %.3e from here on", before, now)
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -212,7 +246,27 @@ class StepCheckpoint(_AfterStep, ModelCheckpoint):
         """Too early: see `after_step`."""
 
     def after_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        ModelCheckpoint.on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)
+        every = self._every_n_train_steps
+        if every > 0 and updates_done(trainer) % every != 0:
+            return
+        self._every_n_train_steps = min(every, 1)  # decided: Lightning would count the steps of all optimizers
+        try:
+            ModelCheckpoint.on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx)
+        finally:
+            self._every_n_train_steps = every
+
+
+_STOPS_FIRST = 1000  # above all numbers of signals
+
+
+def _stops(number: int) -> bool:
+    """Whether a signal ends the training; SIGUSR1 only saves."""
+    return number != getattr(signal, "SIGUSR1", None)
+
+
+def _most_urgent(pending: set[int]) -> int | None:
+    """The signal to answer first: one that ends the training before one that saves."""
+    return max(pending, key=lambda number: (_stops(number), number), default=None)
 
 
 class LastCheckpoint(_AfterStep, Checkpoint):
@@ -229,7 +283,8 @@ class LastCheckpoint(_AfterStep, Checkpoint):
         self.every_minutes = every_minutes
         self._saved_at = 0
         self._saved_when = time.monotonic()
-        self._signal: int | None = None
+        self._pending: set[int] = set()  # signals that wait for the end of the step
+        self._answering: int | None = None  # the one that is being saved for
         self._previous: dict[int, Any] = {}
         self._progress: dict[str, Any] | None = None  # of the training's loop, while a validation runs
 
@@ -256,9 +311,9 @@ class LastCheckpoint(_AfterStep, Checkpoint):
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
+        if number == signal.SIGINT and signal.SIGINT in (*self._pending, self._answering):
             raise KeyboardInterrupt
-        self._signal = number
+        self._pending.add(number)
 
     # -- saving
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -268,8 +323,7 @@ class LastCheckpoint(_AfterStep, Checkpoint):
         self.listen()  # not earlier: while data is prepared, a signal may simply end the process
 
     def after_step(self, trainer: pl.Trainer, *_: Any) -> None:
-        number = self._agreed_signal(trainer)
-        if number is not None:
+        if (number := self._agreed_signal(trainer)) is not None:
             self._answer(trainer, number)
         elif self._is_due(trainer):
             self._save(trainer)
@@ -278,32 +332,39 @@ class LastCheckpoint(_AfterStep, Checkpoint):
         if self._previous and trainer.world_size == 1:
             self._progress = copy.deepcopy(trainer.fit_loop.state_dict())
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._progress is not None and self._signal is not None:
-            self._answer(trainer, self._signal)
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._progress is None or accumulating(trainer, pl_module, trainer.fit_loop.epoch_loop.batch_idx):
+            return  # gradients wait for further batches: after the step
+        if (number := _most_urgent(self._pending)) is not None:
+            self._answer(trainer, number)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._progress = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._progress is not None and self._signal is not None:  # not for the best, which are taken when it has ended
+        if self._progress is not None and self._answering is not None:  # not for the best, which are taken when it has ended
             checkpoint["loops"]["fit_loop"] = self._progress
 
     def _answer(self, trainer: pl.Trainer, number: int) -> None:
-        self._save(trainer)
-        self._signal = None
+        self._pending.discard(number)
+        self._answering = number
+        try:
+            self._save(trainer)
+        finally:
+            self._answering = None
         log.info("%s: saved %s", signal.Signals(number).name, self.path)
-        if number != getattr(signal, "SIGUSR1", None):
+        if _stops(number):
             raise Stopped(number, str(self.path))
 
     def _agreed_signal(self, trainer: pl.Trainer) -> int | None:
-        """The signal to act on; with several processes, one that any of them got."""
-        number = int(self._signal or 0)
+        """The signal to act on; with several processes, the most urgent that any of them got."""
+        number = _most_urgent(self._pending)
         if trainer.world_size > 1:
-            tensor = torch.tensor(float(number), device=trainer.strategy.root_device)
+            rank = 0 if number is None else number + (_STOPS_FIRST if _stops(number) else 0)
+            tensor = torch.tensor(float(rank), device=trainer.strategy.root_device)
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-            number = int(tensor)
-        return number or None
+            number = int(tensor) % _STOPS_FIRST or None
+        return number
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         done = updates_done(trainer)

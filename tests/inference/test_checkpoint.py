@@ -6,11 +6,13 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm.inference import checkpoint
 from ldm.inference.checkpoint import load_weights, read_metadata, read_state_dict, save_weights
 from ldm.inference.weights import key_names
 from ldm.util import CheckpointError, UserError
@@ -349,6 +351,20 @@ def test_saving_never_overwrites_by_accident(tmp_path: Path) -> None:
     assert torch.equal(read_state_dict(path)["w"], torch.ones(2))
     with pytest.raises(UserError, match=r"\.safetensors"):
         save_weights({"w": torch.ones(2)}, tmp_path / "m.ckpt")
+
+
+def test_of_two_programs_that_save_at_once_the_later_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.safetensors"
+    usual = checkpoint._to_store
+
+    def slowly(*args: Any) -> Any:
+        path.write_bytes(b"of another program")
+        return usual(*args)
+
+    monkeypatch.setattr(checkpoint, "_to_store", slowly)
+    with pytest.raises(UserError, match="exists already"):
+        save_weights({"w": torch.ones(2)}, path)
+    assert path.read_bytes() == b"of another program" and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from ldm.inference.film import Film
 from ldm.inference.pipeline import ImageNoise, Settings, Text2Image, drawing_config, load_model, pick_device, rng_state, set_rng_state
 from ldm.inference.prompts import Batch
 from ldm.util import ConfigError, UserError
@@ -115,6 +116,16 @@ def test_bf16_draws_nearly_the_same(model):
     full, half, autocast = (Text2Image(model, chosen).draw(batch(0))[0] for chosen in settings)
     assert np.array_equal(full, autocast)  # on the CPU
     assert np.abs(full.astype(float) - half).mean() < 10 and not np.array_equal(full, half)
+
+
+def test_frames_of_a_film_are_decoded_in_float32_as_the_picture_is(model, monkeypatch: pytest.MonkeyPatch):
+    """Amid the sampling, which runs under autocast: the VAEs of some models overflow in float16."""
+    seen = []
+    usual = model.decode_first_stage
+    monkeypatch.setattr(model, "decode_first_stage", lambda z: seen.append(torch.is_autocast_enabled("cpu")) or usual(z))
+    monkeypatch.setattr(Text2Image, "_autocast", lambda self: torch.autocast("cpu", torch.bfloat16))
+    Text2Image(model, SETTINGS).draw(batch(0), film=Film())
+    assert len(seen) == SETTINGS.steps and not any(seen)
 
 
 def test_nan_is_told_with_the_part_it_came_from(model, monkeypatch: pytest.MonkeyPatch):

@@ -221,7 +221,14 @@ def test_a_diffusion_model_sharded(tmp_path: Path, config: Path, together: Calla
     config.write_text(yaml.safe_dump(small))
     pictures = "lightning.callbacks.image_logger.params={batch_frequency: 2, log_images_kwargs: {N: 2}}"
     words = [steps(3), "lightning.trainer.gradient_clip_val=0.1"]
-    runs = [together("ddp", *words, name="ddp"), together("fsdp", *words, "lightning.fsdp.min_size=5000", pictures, name="fsdp")]
+    sharded = [*words, "lightning.fsdp.min_size=5000", pictures]
+    runs = [together("ddp", *words, name="ddp"), together("fsdp", *sharded, name="fsdp")]
+    validation = [
+        "data.params.validation={target: tests.training.toy.NoisyData, params: {size: 4}}",
+        "lightning.trainer.val_check_interval=1",
+    ]
+    whole = together("fsdp", *sharded, *validation, "lightning.fsdp.reshard_after_forward=false", name="whole")
+    assert_close(runs[1], whole, moved=False)
     assert_close(*runs, moved=False, atol=2e-5)  # three steps of 1e-3; where gradients begin as nothing, AdamW makes much of rounding
     prune(runs[1] / "checkpoints" / "last.ckpt", tmp_path / "pruned.safetensors", dtype="float32")
     shipped, averaged = read_state_dict(tmp_path / "pruned.safetensors"), last(runs[1])["state_dict"]

@@ -193,6 +193,11 @@ def test_the_loss_with_a_prior_is_the_weighted_sum(base):
     assert torch.equal(logged["train/loss_prior"], second) and torch.equal(logged["train/loss"], total)
     torch.manual_seed(1)
     assert torch.equal(model.training_step(own, 0), first)
+    model.ucg_training = {"caption": {"p": 1.0, "val": ""}}
+    dropped = {**own, "caption": list(own["caption"]), "prior": {**prior, "caption": list(prior["caption"])}}
+    model.training_step(dropped, 0)
+    assert dropped["caption"] == dropped["prior"]["caption"] == ["", ""], "or the empty prompt would be taught on the own pictures alone"
+    model.ucg_training = {}
     pictures = model.eval().log_images({**own, "prior": prior}, N=1, ddim_steps=1, plot_diffusion_rows=False)
     assert pictures["samples"].shape == (1, 3, 64, 64)
 

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from ldm.training import run as run_module
-from ldm.training.state import AtomicCheckpointIO, RngStateCallback, isolated_rng, rng_state, set_rng_state
+from ldm.training.state import AtomicCheckpointIO, LastCheckpoint, RngStateCallback, Stopped, isolated_rng, rng_state, set_rng_state
 from tests.training.conftest import assert_same_weights, last
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +104,26 @@ def test_more_processes_draw_noise_of_their_own() -> None:
         callback.on_train_start(SimpleNamespace(global_rank=rank, global_step=step), None)
         draws.append(float(torch.rand(())))
     assert len(set(draws)) == 4
+
+
+def test_noise_of_an_accelerator_that_the_checkpoint_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a CPU, or of fewer devices, goes on with noise that no other process draws."""
+    kept = {"own": torch.arange(3, dtype=torch.uint8)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: kept["own"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: kept.update(own=state))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    state = rng_state()
+    assert set_rng_state({**state, "cuda": state["cuda"] + 1}) and torch.equal(kept["own"], torch.arange(1, 4))
+    assert set_rng_state({**state, "cuda": [torch.zeros(3), torch.ones(3)]}) and torch.equal(kept["own"], torch.ones(3)), "an old file"
+    assert not set_rng_state({**state, "cuda": [torch.zeros(3)]})
+    draws = []
+    for rank in range(2):
+        callback = RngStateCallback(seed=3)
+        callback._loaded = [{key: value for key, value in state.items() if key != "cuda"}] * 2
+        callback.on_train_start(SimpleNamespace(global_rank=rank, global_step=5), None)
+        draws.append(float(torch.rand(())))
+    assert len(set(draws)) == 2
 
 
 def test_pictures_and_validation_change_nothing(train: Callable[..., Path]) -> None:
@@ -214,6 +235,58 @@ def test_a_signal_during_validation(train: Callable[..., Path], models: list) ->
     train(*words, "model.params.val_signal=null", resume=parts)
     assert models[1].seen + models[2].seen == models[0].seen
     assert_same_weights(whole, parts)
+
+
+def test_a_signal_during_validation_waits_for_accumulated_gradients(train: Callable[..., Path]) -> None:
+    """A validation after six batches of updates of four."""
+    words = [steps(4), *VAL, "lightning.trainer.accumulate_grad_batches=4", "lightning.trainer.val_check_interval=6"]
+    whole = train(*words, name="whole")
+    parts = train(*words, "model.params.val_signal=1", name="parts", code=128 + signal.SIGTERM)
+    assert last(parts)["global_step"] == 2
+    train(*words, "model.params.val_signal=null", resume=parts)
+    assert_same_weights(whole, parts)
+
+
+def test_a_signal_that_comes_while_another_is_answered_is_not_lost(tmp_path: Path) -> None:
+    saved = []
+
+    def save(path: Path) -> None:
+        saved.append(path)
+        if len(saved) == 1:
+            callback._on_signal(signal.SIGTERM, None)
+
+    callback = LastCheckpoint(tmp_path)
+    module = SimpleNamespace(on_train_batch_end=lambda *_: None)
+    trainer: Any = SimpleNamespace(world_size=1, global_step=3, callbacks=[], save_checkpoint=save)
+    callback._on_signal(signal.SIGUSR1, None)
+    callback.after_step(trainer, module)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        callback.after_step(trainer, module)
+    assert len(saved) == 2
+
+    for number in (signal.SIGINT, signal.SIGUSR1):  # a stop is not replaced by a save
+        callback._on_signal(number, None)
+    with pytest.raises(Stopped, match="SIGINT"):
+        callback.after_step(trainer, module)
+    callback._answering = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        callback._on_signal(signal.SIGINT, None)
+
+
+def test_another_learning_rate_takes_effect_on_resume(train: Callable[..., Path], models: list, caplog) -> None:
+    folder = train(steps(3), "model.base_learning_rate=1.0e-2")
+    train(steps(6), "model.base_learning_rate=1.0e-3", resume=folder)
+    assert "the learning rate, 1.000e-02 in the checkpoint, is 1.000e-03 from here on" in caplog.text
+    state = last(folder)
+    assert state["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-3 / 7)
+    assert state["lr_schedulers"][0]["base_lrs"] == [pytest.approx(1e-3)]
+
+
+def test_checkpoints_every_n_updates_of_two_optimizers(train: Callable[..., Path]) -> None:
+    """Lightning counts the steps of both."""
+    words = ["lightning.modelcheckpoint.params.save_top_k=-1", "lightning.modelcheckpoint.params.every_n_train_steps=4"]
+    folder = train(steps(7), *words, "model.params.manual=true")
+    assert len(list((folder / "checkpoints").glob("epoch*.ckpt"))) == 1
 
 
 def test_failed_save_keeps_the_old_file(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def load_depth(path: str) -> np.ndarray:
         values = np.squeeze(values).astype(np.float32)
     except FileNotFoundError:
         raise UserError(f"depth map {path!r} does not exist") from None
-    except (OSError, ValueError, EOFError, TypeError, SyntaxError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"depth map {path!r} cannot be read ({error}): use a gray PNG or TIFF, or .npy") from None
     if values.ndim != 2 or not np.isfinite(values).all() or values.size == 0:
         raise UserError(f"depth map {path!r} must be one channel of finite numbers, (H, W); it is {values.shape}")

@@ -21,6 +21,7 @@ from ldm.util import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from ldm.inference.facts import ModelFacts
     from ldm.inference.pipeline import Pipeline
@@ -114,7 +115,7 @@ class Inpaint(ImageToImage):
 
         found = super().read(options)
         assert options.mask is not None
-        mask = binary_mask(np.asarray(fit_image(load_image(options.mask), options.W, options.H, options.fit)))
+        mask = binary_mask(np.asarray(fit_image(load_mask(options.mask), options.W, options.H, options.fit)))
         if not mask.any():
             raise UserError(f"mask {options.mask!r} has no white, so there is nothing to draw")
         return {**found, "mask": mask}
@@ -180,12 +181,17 @@ def find_pairs(folder: str) -> list[tuple[Path, Path]]:
     return [(mask.with_name(mask.name.removesuffix("_mask.png") + ".png"), mask) for mask in masks]
 
 
+def load_mask(path: str) -> Image.Image:
+    """A mask as RGB. What is transparent is kept: strokes are often drawn in white on a layer of their own."""
+    return load_image(path, ground="black")
+
+
 def pair_problems(image: str, mask: str, fit: str) -> list[str]:
     """What is wrong with a picture and its mask, a clause each."""
     found, problems = {}, []
-    for flag, path in (("--init-img", image), ("--mask", mask)):
+    for flag, path, read in (("--init-img", image, load_image), ("--mask", mask, load_mask)):
         try:
-            found[flag] = load_image(path)
+            found[flag] = read(path)
         except UserError as error:
             problems.append(f"{flag}: {error}")
     if problems:

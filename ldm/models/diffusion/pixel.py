@@ -325,6 +325,7 @@ class DDPM(pl.LightningModule):
         self._drop_conditioning(batch)
         loss, parts = self.shared_step(batch)
         if "prior" in batch:  # DreamBooth (arXiv:2208.12242), Eq. 2: what the model knew of the class
+            self._drop_conditioning(batch["prior"])
             prior = self.shared_step(batch["prior"])[0]
             loss = loss + self.prior_weight * prior
             parts |= {"train/loss_prior": prior, "train/loss": loss}
