@@ -18,7 +18,7 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
 from ldm.data.transforms import SquareCrop, to_float
 from ldm.imaging import load_image
-from ldm.util import UserError
+from ldm.util import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 class Txt2ImgIterableBaseDataset(IterableDataset):
     """Base of data sets that stream records, each {"image": ..., "caption": ...}; several can be chained.
 
-    A subclass says how to iterate over `sample_ids`; `valid_ids` are all it could give, and a worker may narrow `sample_ids` to its share.
+    A subclass says how to iterate over `sample_ids`; `valid_ids` are all it could give. Where several processes or workers read, the
+    data module narrows `sample_ids` to a share for each.
     """
 
     def __init__(self, num_records: int = 0, valid_ids: Sequence[Any] | None = None, size: int = 256) -> None:
@@ -39,6 +40,15 @@ class Txt2ImgIterableBaseDataset(IterableDataset):
 
     def __len__(self) -> int:
         return self.num_records
+
+    def narrow(self, rank: int, world: int, worker: int = 0, workers: int = 1) -> None:
+        """Keep the ids of one worker of one process. Every process has as many, so up to world - 1 ids are left out."""
+        ids = self.valid_ids if self.valid_ids is not None else ()
+        each = len(ids) // world
+        if each == 0:
+            raise ConfigError(f"{type(self).__name__} has {len(ids)} ids for {world} processes: each needs one, so take fewer processes")
+        first, last = (rank * each + each * number // workers for number in (worker, worker + 1))
+        self.sample_ids = ids[first:last]
 
     @abstractmethod
     def __iter__(self) -> Iterator[Any]:

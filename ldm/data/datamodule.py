@@ -14,8 +14,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ldm.data.base import Txt2ImgIterableBaseDataset
 from ldm.data.loading import PositionedLoader, ResumableLoader, tell_epoch
-from ldm.data.streams import StreamLoader
+from ldm.data.streams import DealtStream, NarrowedStream, StreamLoader
 from ldm.util import ConfigError, instantiate_from_config, plain
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,11 @@ class DataModuleFromConfig(pl.LightningDataModule):
         drop_last: bool = False,  # leave out the last training batch of an epoch when it is not full
         pin_memory: bool = False,
         seed: int | None = None,  # of the order; None: that of the run
+        stream_split: str | None = None,  # foreign streams: deal (batches to all in turn), own (it splits itself); None: error if needed
     ) -> None:
         super().__init__()
+        if stream_split not in (None, "deal", "own"):
+            raise ConfigError(f"data.params.stream_split is {stream_split!r}: it must be deal, own or left out")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"data.params.batch_size is {batch_size!r}: it must be a whole number from 1 on")
         self.batch_size = batch_size
@@ -85,7 +89,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         self.dataset_configs = {name: plain(config) for name, config in configs.items() if config is not None}
         self.wrap, self.use_worker_init_fn, self.pin_memory = wrap, use_worker_init_fn, pin_memory
         self.shuffle = {"train": shuffle_train, "validation": shuffle_val_dataloader, "test": shuffle_test_loader}
-        self.drop_last, self.seed = drop_last, seed
+        self.drop_last, self.seed, self.stream_split = drop_last, seed, stream_split
         self.datasets: dict[str, Any] = {}
         self._train_loader: PositionedLoader | None = None
         self._resume_from: dict[str, Any] | None = None
@@ -129,7 +133,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             if not hasattr(dataset, "batches"):
                 if split == "train":
                     log.info("the training data is a foreign stream: a resumed training starts it anew")
-                return DataLoader(dataset, batch_size=batch_size, **options)
+                return DataLoader(self._split(split, dataset, rank, world), batch_size=batch_size, **options)
             loader = StreamLoader(dataset, batch_size, **place, **options)
         else:
             if len(dataset) == 0:
@@ -137,13 +141,32 @@ class DataModuleFromConfig(pl.LightningDataModule):
             order = {"shuffle": self.shuffle.get(split, False), "drop_last": self.drop_last and split == "train"}
             loader = ResumableLoader(dataset, batch_size, **order, **place, **options)
         if split == "train":
-            self._train_loader = loader
+            before, self._train_loader = self._train_loader, loader
             if self.trainer is not None:
                 loader.limit = lambda: self.trainer.num_training_batches
             if self._resume_from is not None:
                 self._check_resumed(loader)
                 loader.load_state_dict(self._resume_from)
+                self._resume_from = None
+            elif before is not None and self.trainer is not None and self.trainer.reload_dataloaders_every_n_epochs:
+                loader.take_over(before)
         return loader
+
+    def _split(self, split: str, stream: Any, rank: int, world: int) -> Any:
+        """A foreign stream, so that no two workers of all processes read the same."""
+        batch_size, workers = self.sizes(split)
+        if world * max(workers, 1) == 1 or self.stream_split == "own":
+            return stream
+        if self.stream_split == "deal":
+            return DealtStream(stream, batch_size, rank, world)
+        if isinstance(stream, Txt2ImgIterableBaseDataset) and stream.valid_ids is not None:
+            return NarrowedStream(stream, rank, world)
+        raise ConfigError(
+            f"data.params.{split} is a stream ({type(stream).__name__}) that does not say how it is split: processes: {world}, workers in "
+            f"each: {workers}, and all could read the same items. Set data.params.stream_split to own if the stream splits itself among "
+            "them, or to deal if it gives all of them the same items in the same order: then each takes its batches in turn. Or take one "
+            "process and data.params.num_workers: 0"
+        )
 
     def _order_seed(self) -> int:
         if self.seed is None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ldm.data.loading import SeededDataset, in_own_words
+from ldm.data.loading import SeededDataset, in_own_words, seeded
 from ldm.data.store import ArrayStore, Part, as_float16, file_digest, network_key, pick_device
 from ldm.util import ConfigError, get_obj_from_str, instantiate_from_config, plain
 
@@ -64,7 +64,8 @@ class CachedLatents(Dataset):
         self.bucket_of = getattr(self.dataset, "bucket_of", None)
         self.path = Path(cache_dir) / f"{self._key(Path(cache_dir))}.npy"
         filler = _LatentFiller(self, batch_size, workers, bf16, pick_device(device))
-        self._load(filler)
+        with seeded(0):  # a run that finds the latents must not differ from the one that made them
+            self._load(filler)
         self.texts = None
         if text_encoder is not None:
             if hasattr(self.dataset, "caption_for"):
@@ -150,9 +151,10 @@ class CachedLatents(Dataset):
         if contents:
             place = hashlib.sha256(json.dumps(self.dataset_config, sort_keys=True, default=str).encode()).hexdigest()[:12]
             digest.update(self.dataset.content(cache_dir / f"files-{place}.json").encode())
-        else:  # two pictures stand for the code and files behind the data set
+        else:  # two pictures stand for the code and files behind the data set, drawn as they are for the cache
+            pictures = SeededDataset(self.dataset, 0)
             for i in (0, len(self) - 1):
-                digest.update(np.ascontiguousarray(self.dataset[i][self.image_key]).tobytes())
+                digest.update(np.ascontiguousarray(pictures[i][self.image_key]).tobytes())
         return digest.hexdigest()[:20]
 
 
@@ -233,7 +235,8 @@ class CachedTexts:
         self.unique = sorted(set(captions))
         self._row = {caption: row for row, caption in enumerate(self.unique)}
         path = Path(cache_dir) / f"{self._key()}.npy"
-        self.rows, _ = ArrayStore(path, len(self.unique), "captions").filled(self._batches)
+        with seeded(0):  # as for the latents
+            self.rows, _ = ArrayStore(path, len(self.unique), "captions").filled(self._batches)
 
     def __getitem__(self, caption: str) -> Tensor:
         return torch.from_numpy(self.rows[self._row[caption]].astype(np.float32))

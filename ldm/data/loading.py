@@ -198,6 +198,11 @@ class PositionedLoader(DataLoader):
         """Go on from a state."""
         raise NotImplementedError(f"{type(self).__name__} cannot go on from a state")
 
+    def take_over(self, other: PositionedLoader) -> None:
+        """Begin where the next iterator of another loader of the same data would."""
+        self.load_state_dict(other.state_dict())
+        self._touched = other._touched
+
     def _received(self, batch: Any) -> Any:
         """What to hand out of what came from a worker; `position` is already the one after it."""
         return batch

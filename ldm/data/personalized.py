@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm.data.files import check_options
+from ldm.data.files import check_options, digest_files
 from ldm.data.folder import FolderDataset
 from ldm.data.loading import seeded, tell_epoch
 from ldm.data.shapes_text import Spec, caption, spec_of
@@ -179,9 +179,22 @@ class WithPrior(Dataset):
         self.instance, self.prior = (instantiate_from_config(plain(config)) for config in (instance, prior))
         if min(len(self.instance), len(self.prior)) == 0:
             raise ConfigError("WithPrior: one of its data sets is empty")
+        self.bucket_of = self._buckets()  # None: all items are of one size
 
     def __len__(self) -> int:
         return max(len(self.instance), len(self.prior))
+
+    def _buckets(self) -> np.ndarray | None:
+        """A number for each pair of sizes, of the instance's picture and the prior's."""
+        places = np.arange(len(self))
+        numbers = np.zeros(len(self), dtype=np.int64)
+        found = False
+        for dataset in (self.instance, self.prior):
+            buckets = getattr(dataset, "bucket_of", None)
+            if buckets is not None:
+                own = np.asarray(buckets)[places % len(dataset)]
+                numbers, found = numbers * (int(own.max()) + 1) + own, True
+        return numbers if found else None
 
     def set_epoch(self, epoch: int) -> None:
         """Tell both, if they want to know."""
@@ -246,6 +259,14 @@ class DrawnPictures(Dataset):
     def caption(self, i: int) -> str:
         """The prompt of picture i."""
         return self.prompts[i % len(self.prompts)]
+
+    def facts(self, i: int) -> Mapping[str, Any]:
+        """The caption of picture i."""
+        return {"caption": self.caption(i)}
+
+    def content(self, memo: Path | None = None) -> str:
+        """A digest of what was drawn and of the pictures; `memo` as for `FolderDataset.content`."""
+        return f"{self.folder.name} {digest_files(self.folder, [self.path(i).name for i in range(self.pictures)], memo)}"
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < self.pictures:

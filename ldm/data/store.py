@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 Part = tuple[np.ndarray, Sequence[Any]]  # float16 (n, ...), and what is kept beside each row ([] for nothing)
 
+_KEEP_EVERY = 30.0  # seconds of work that an interruption may lose, for sets of which a twentieth takes longer
+
 # Parameters of a network that do not change what it encodes to; weights count by content, not by file name.
 _IRRELEVANT = ("ckpt_path", "lossconfig", "monitor", "ignore_keys", "device", "freeze")
 
@@ -51,30 +53,40 @@ class ArrayStore:
         done, notes, rows = self._left()
         log.info("encoding %d of %d %s into %s", self.total - done, self.total, self.what, self.path)
         started, start, shown = time.monotonic(), done, done
+        kept = started
         for values, beside in batches(done):
             if rows is None:
                 rows = np.lib.format.open_memmap(self.partial, mode="w+", dtype=np.float16, shape=(self.total, *values.shape[1:]))
             rows[done : done + len(values)] = values
             done, notes = done + len(values), notes + list(beside)
-            if done - shown >= max(self.total // 20, len(values)) or done == self.total:
-                shown = done
+            due = done - shown >= max(self.total // 20, len(values)) or time.monotonic() - kept >= _KEEP_EVERY
+            if due or done == self.total:
+                shown, kept = done, time.monotonic()
                 rows.flush()  # type: ignore[attr-defined]
                 write_whole(self.progress, json.dumps({"done": done, "notes": notes}))
                 rate = (done - start) / max(time.monotonic() - started, 1e-9)
                 log.info("encoded %d of %d, %.0f %s/s, %.0f s left", done, self.total, rate, self.what, (self.total - done) / rate)
+        if done != self.total:
+            raise ConfigError(
+                f"{self.path}: only {done} of {self.total} {self.what} were encoded, and then there were no more. Has the data set "
+                "changed meanwhile? What is done is kept: start again"
+            )
         if notes:
             write_whole(self.notes_path, json.dumps(notes))
         os.replace(self.partial, self.path)
         self.progress.unlink(missing_ok=True)
 
     def _left(self) -> tuple[int, list[Any], np.ndarray | None]:
-        """What an earlier attempt left: rows done, their notes, and the file."""
+        """What an earlier attempt left: rows done, their notes, and the file. What is of no use is not left to a later attempt."""
         try:
             state = json.loads(self.progress.read_text(encoding="utf-8"))
             rows = np.load(self.partial, mmap_mode="r+")
-            return (state["done"], state["notes"], rows) if len(rows) == self.total else (0, [], None)
-        except (OSError, ValueError, KeyError):
-            return 0, [], None
+            if len(rows) == self.total and 0 <= state["done"] <= self.total:
+                return state["done"], state["notes"], rows
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        self.progress.unlink(missing_ok=True)  # or it would be taken for that of the new file
+        return 0, [], None
 
 
 def as_float16(values: torch.Tensor, what: str) -> np.ndarray:

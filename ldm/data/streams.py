@@ -1,7 +1,7 @@
 """A data loader over a stream that can be cut into shares, with an epoch of fixed length and a position to go on from.
 
 Owns how the shares of processes and workers make up an epoch, and how a resumed training finds its place in each. What a share holds is
-the stream's business: anything with `epoch_size` and `batches(share)`.
+the stream's business: anything with `epoch_size` and `batches(share)`. Other streams are only dealt out, and have no position.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ldm.data.loading import PositionedLoader
+from ldm.util import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -136,3 +137,57 @@ class StreamLoader(PositionedLoader):
         self.position = (state["epoch"], batches) if batches < len(self) else (state["epoch"] + 1, 0)
         self._positions = positions if self.position[1] else [0] * self.streams
         self._touched = False
+
+
+# ---------------------------------------------------------------------- streams that cannot be cut into shares
+class DealtStream(IterableDataset):
+    """A foreign stream, its batches dealt to processes and workers in turn: the same batches, whatever the number of workers.
+
+    Everyone reads the whole stream and gives only its own batches, so the stream must have the same order for all. Several processes
+    get as many batches each, and what is left of the stream then is left out: a process with one batch more would wait for the others.
+    """
+
+    def __init__(self, stream: Any, batch_size: int, rank: int, world: int) -> None:
+        super().__init__()
+        self.stream, self.batch_size, self.rank, self.world = stream, batch_size, rank, world
+
+    def __len__(self) -> int:
+        """Items of this process, where the stream knows its length."""
+        length = len(self.stream)
+        return length if self.world == 1 else length // (self.batch_size * self.world) * self.batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        together, own, place = self.batch_size * self.world, [], -1
+        for place, item in enumerate(self.stream):
+            turn, at = divmod(place, together)  # a turn is a batch for every process
+            if turn % workers == worker and at // self.batch_size == self.rank:
+                own.append(item)
+            if at == together - 1:
+                yield from own
+                own = []
+        if self.world == 1:
+            yield from own
+        elif place + 1 < together:
+            raise ConfigError(
+                f"{type(self.stream).__name__} has {place + 1} items: {self.world} processes need a batch of {self.batch_size} each, so "
+                "take a smaller data.params.batch_size, or fewer processes"
+            )
+
+
+class NarrowedStream(IterableDataset):
+    """A stream with `narrow(rank, world, worker, workers)`, told in every worker of every process which part it is to give."""
+
+    def __init__(self, stream: Any, rank: int, world: int) -> None:
+        super().__init__()
+        self.stream, self.rank, self.world = stream, rank, world
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.world
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        self.stream.narrow(self.rank, self.world, worker, workers)
+        yield from self.stream

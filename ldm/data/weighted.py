@@ -6,7 +6,9 @@ inside need not be made anew when the weights change.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,10 @@ class WeightedDataset(Dataset):
             raise ConfigError(f"WeightedDataset: the weights {named} leave no item")
         buckets = getattr(self.dataset, "bucket_of", None)
         self.bucket_of = None if buckets is None else np.asarray(buckets)[self.index]
+        if hasattr(self.dataset, "caption_for"):  # others ask whether there is one
+            self.caption_for = self._caption_for
+        if hasattr(self.dataset, "content"):
+            self.content = self._content
 
     def _value(self, i: int, key: str) -> str:
         if not hasattr(self.dataset, "facts"):
@@ -55,6 +61,18 @@ class WeightedDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Tell the data set, if it wants to know."""
         tell_epoch(self.dataset, epoch)
+
+    def facts(self, i: int) -> Mapping[str, Any]:
+        """What the data set knows of item i without its picture."""
+        return self.dataset.facts(int(self.index[i]))
+
+    def _caption_for(self, i: int, epoch: int | None = None) -> str:
+        """The caption of item i in an epoch."""
+        return self.dataset.caption_for(int(self.index[i]), epoch)
+
+    def _content(self, memo: Path | None = None) -> str:
+        """A digest of the pictures and of which stands where: the facts that the weights go by may change, too."""
+        return hashlib.sha256(self.dataset.content(memo).encode() + self.index.astype("<i8").tobytes()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.index)

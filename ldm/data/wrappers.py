@@ -47,6 +47,8 @@ class WrappedItems(Dataset):
             raise ConfigError(f"additions: {', '.join(wrong)} cannot be called with an item")
         self.seed, self.fixed = seed, fixed
         self.bucket_of = getattr(self.dataset, "bucket_of", None)
+        if hasattr(self.dataset, "caption_for"):  # others ask whether there is one
+            self.caption_for = self._caption_for
         if hasattr(self.dataset, "content") and hasattr(self.dataset, "facts"):
             self.content = self._content
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # shared: running workers see a new epoch
@@ -58,6 +60,10 @@ class WrappedItems(Dataset):
         """Make other additions, and tell the data set, if it wants to know."""
         self._epoch[0] = epoch
         tell_epoch(self.dataset, epoch)
+
+    def _caption_for(self, i: int, epoch: int | None = None) -> str:
+        """The data set's caption of item i in an epoch."""
+        return self.dataset.caption_for(i, epoch)
 
     def _content(self, memo: Path | None = None) -> str:
         """A digest of the data set's pictures and of what it knows of them, since additions may depend on both."""

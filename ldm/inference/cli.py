@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ldm.inference.args import build_parser, parse
 from ldm.inference.options import Options
 from ldm.inference.output import OutputFolder, command_line, write_new
-from ldm.inference.sharding import share_of, take_own_device
+from ldm.inference.sharding import Share, share_of, take_own_device
 from ldm.processes import label
 from ldm.util import UserError
 
@@ -67,6 +67,7 @@ class Summary:
     flagged: int = 0
     unreadable: int = 0
     too_small: int = 0
+    share: Share | None = None  # of a run of several processes, or one that goes on
 
 
 @dataclass
@@ -93,18 +94,20 @@ def draw(options: Options) -> Summary:
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     folder = OutputFolder(options.outdir)
     folder.check(options.H * options.W * 3)
+    if not options.verbose:
+        _hush()
     share = share_of(options)
     if share is not None:
         say(share.told)
         if not share.batches:
-            return Summary()
+            return Summary(share=share)
         take_own_device()
-    if not options.verbose:
-        _hush()
     from ldm.inference.session import Session
 
     session = Session(options, progress=True)
-    summary, page = Summary(), Page(_LARGEST_GRID)
+    if share is not None:
+        session.weights = share.weights  # hashed once, and what is drawn is recorded with what the pictures there were compared with
+    summary, page = Summary(share=share), Page(_LARGEST_GRID)
     wants_grid = not options.skip_grid and share is None and not options.reproduce
     for batch in session.batches() if share is None else share.batches:
         for picture in session.pictures(batch):

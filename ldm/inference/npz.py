@@ -15,15 +15,18 @@ from ldm.inference.output import move_without_replacing, told
 from ldm.util import UserError
 
 
-def write_npz(folder: Path, pictures: Sequence[Path]) -> Path:
-    """Pack PNG files of one size, picture by picture, into the next free `NxHxWx3-samples.npz` of `folder`, whole or not at all."""
+def write_npz(folder: Path, pictures: Sequence[Path], once: bool = False) -> Path:
+    """Pack PNG files of one size, picture by picture, into the next free `NxHxWx3-samples.npz` of `folder`, whole or not at all.
+
+    `once`: where one of these files holds the same pictures already, that is the one, and no other is written.
+    """
     first = _read(pictures[0])
     shape = (len(pictures), *first.shape)
     with told(folder):
-        return _pack(folder, pictures, first, shape)
+        return _pack(folder, pictures, first, shape, once)
 
 
-def _pack(folder: Path, pictures: Sequence[Path], first: np.ndarray, shape: tuple[int, ...]) -> Path:
+def _pack(folder: Path, pictures: Sequence[Path], first: np.ndarray, shape: tuple[int, ...], once: bool) -> Path:
     handle, temporary = tempfile.mkstemp(prefix=".part-", dir=folder)
     os.close(handle)
     try:
@@ -38,7 +41,7 @@ def _pack(folder: Path, pictures: Sequence[Path], first: np.ndarray, shape: tupl
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        return _move_to_free_name(temporary, folder, "x".join(map(str, shape)) + "-samples")
+        return _move_to_free_name(temporary, folder, "x".join(map(str, shape)) + "-samples", once)
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -48,10 +51,20 @@ def _read(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def _move_to_free_name(temporary: str, folder: Path, stem: str) -> Path:
-    number = 0
+def _move_to_free_name(temporary: str, folder: Path, stem: str, once: bool) -> Path:
+    content, number = _checksum(temporary), 0
     while True:
         path = folder / (f"{stem}.npz" if number == 0 else f"{stem}-{number}.npz")
-        if move_without_replacing(temporary, path):
+        if move_without_replacing(temporary, path) or (once and _checksum(path) == content):
             return path
         number += 1
+
+
+def _checksum(path: str | Path) -> tuple[int, int] | None:
+    """CRC and length of the array in an .npz file; None for a file that holds none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.getinfo("arr_0.npy")
+            return entry.CRC, entry.file_size
+    except (zipfile.BadZipFile, KeyError, OSError):
+        return None

@@ -8,12 +8,15 @@ are there are looked at, never replaced. Imports no torch at module level.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm.inference.additions import FLAGS, embedding_spec, lora_spec
 from ldm.inference.options import Options, recorded_options
 from ldm.inference.output import png_bytes, read_metadata, write_new
 from ldm.inference.prompts import Batch, plan
@@ -23,6 +26,8 @@ from ldm.util import UserError
 if TYPE_CHECKING:
     from ldm.inference.session import Picture
 
+_DRAWS_NOTHING = {"device", "skip_npz"}  # recorded options that may differ between the pictures of a run
+
 
 @dataclass
 class Share:
@@ -30,9 +35,11 @@ class Share:
 
     rank: int
     world: int
-    samples: Path
-    batches: list[Batch]  # of this process, in order; whole ones, so that each picture is what it is in one process
-    there: int  # pictures of this process that need not be drawn
+    options: Options
+    everything: list[Batch]  # of the run, in order
+    batches: list[Batch] = field(default_factory=list)  # of this process; whole ones: each picture is what it is in one process
+    there: int = 0  # pictures of this process that need not be drawn
+    _inputs: dict[str, dict[str, str]] = field(default_factory=dict)  # hashes of picture files, by the overrides of a batch
 
     @property
     def told(self) -> str:
@@ -41,6 +48,13 @@ class Share:
         pictures = sum(map(len, self.batches))
         return f"{whose}{pictures} pictures to draw, {self.there} there; no grid"
 
+    @cached_property
+    def weights(self) -> dict[str, dict[str, str]]:
+        """Where the weights lie, and their hashes; taken once, as it may take long."""
+        from ldm.inference.record import weights_hashes
+
+        return weights_hashes(self.options)
+
     def save(self, batch: Batch, picture: Picture) -> Path | None:
         """Write a picture under its number; None where it is there already."""
         path = self.path(batch, picture.index)
@@ -48,7 +62,62 @@ class Share:
 
     def path(self, batch: Batch, index: int) -> Path:
         """Where a picture of a batch belongs."""
-        return self.samples / f"{batch.start + index:05d}.png"
+        return Path(self.options.outdir) / "samples" / f"{batch.start + index:05d}.png"
+
+    def paths(self) -> list[Path]:
+        """Where the pictures of the whole run belong, in order."""
+        return [self.path(batch, i) for batch in self.everything for i in range(len(batch))]
+
+    def check_all(self) -> None:
+        """Raise `UserError` unless every picture of the run is there and is this run's."""
+        for batch in self.everything:
+            for i in range(len(batch)):
+                self._check_picture(batch, i)
+
+    def is_there(self, batch: Batch, index: int) -> bool:
+        """Whether this very picture is there already. Raises `UserError` for another one in its place."""
+        path = self.path(batch, index)
+        if not path.exists():
+            return False
+        if not self.options.skip_existing:
+            raise UserError(f"{str(path)!r} exists already: go on with that run by --skip_existing, or choose another --outdir")
+        self._check_picture(batch, index)
+        return True
+
+    def _check_picture(self, batch: Batch, index: int) -> None:
+        path = self.path(batch, index)
+        found = read_metadata(path)
+        options = dataclasses.replace(self.options, **batch.overrides)
+        own = {"prompt": batch.prompts[index], "negative_prompt": batch.negatives[index], "seed": batch.seeds[index]}
+        differing = list(_other_options(found, recorded_options(options) | own)) or list(self._other_files(found, batch, options))
+        if differing:
+            raise UserError(f"{str(path)!r} is a picture of another run ({', '.join(differing)}): choose another --outdir")
+
+    def _other_files(self, found: Mapping[str, Any], batch: Batch, options: Options) -> Iterator[str]:
+        """Weights, configs and picture files that are not those of the record."""
+        from ldm.inference.record import recorded_inputs
+        from ldm.inference.tasks import get_task
+
+        for part, file in self.weights.items():
+            recorded = found.get(part)
+            then = recorded if isinstance(recorded, dict) else {}
+            yield from _changed(f"{part} {file['ckpt']!r}", then.get("sha256"), file["sha256"])
+            if "config_sha256" in then:  # older records have none
+                yield from _changed(f"config of {part} {file.get('config')!r}", then["config_sha256"], file.get("config_sha256"))
+        if inputs := recorded_inputs(found):
+            now, names = self._input_hashes(batch, options), get_task(options.task).files
+            for name, sha256 in inputs.items():
+                yield from _changed(f"{names.get(name, name)} {getattr(options, name, None)!r}", sha256, now.get(name))
+
+    def _input_hashes(self, batch: Batch, options: Options) -> dict[str, str]:
+        """As the session records them."""
+        from ldm.inference.session import _hashes
+        from ldm.inference.tasks import get_task
+
+        key = json.dumps(batch.overrides, sort_keys=True)
+        if key not in self._inputs:
+            self._inputs[key] = _hashes(get_task(options.task).read(options))
+        return self._inputs[key]
 
 
 def share_of(options: Options, environment: Mapping[str, str] | None = None) -> Share | None:
@@ -61,9 +130,9 @@ def share_of(options: Options, environment: Mapping[str, str] | None = None) -> 
         return None
     _check(options, world)
     everything = list(plan(options.prompts, options.negative_prompt, options.seed, options.n_iter, options.batch))
-    share = Share(rank, world, Path(options.outdir) / "samples", [], 0)
+    share = Share(rank, world, options, everything)
     for batch in everything[rank::world]:
-        there = [_is_there(share.path(batch, i), batch, i, options) for i in range(len(batch))]
+        there = [share.is_there(batch, i) for i in range(len(batch))]
         share.there += len(batch) if all(there) else 0
         if not all(there):
             share.batches.append(batch)
@@ -84,21 +153,35 @@ def _check(options: Options, world: int) -> None:
         raise UserError(f"{what}: {'; '.join(problems)}")
 
 
-def _is_there(path: Path, batch: Batch, index: int, options: Options) -> bool:
-    """Whether this very picture is there already."""
-    if not path.exists():
-        return False
-    if not options.skip_existing:
-        raise UserError(f"{str(path)!r} exists already: go on with that run by --skip_existing, or choose another --outdir")
-    found = read_metadata(path)
-    own = recorded_options(dataclasses.replace(options, **batch.overrides))
-    own |= {"prompt": batch.prompts[index], "negative_prompt": batch.negatives[index], "seed": batch.seeds[index]}
+def _other_options(found: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[str]:
+    """Options that are not those of the record."""
     theirs = {**found["options"], **{name: found.get(name) for name in ("prompt", "negative_prompt", "seed")}}
-    differing = [name for name in sorted({*own, *theirs} - {"device"}) if _plain(own.get(name)) != _plain(theirs.get(name))]
-    if differing:
-        told = ", ".join(f"{name} {theirs.get(name)!r}, not {own.get(name)!r}" for name in differing)
-        raise UserError(f"{str(path)!r} is a picture of another run ({told}): choose another --outdir")
-    return True
+    for name in sorted({*own, *theirs} - _DRAWS_NOTHING):
+        if not _same(name, own.get(name), theirs.get(name)):
+            yield f"{name} {theirs.get(name)!r}, not {own.get(name)!r}"
+
+
+def _changed(what: str, then: Any, now: Any) -> Iterator[str]:
+    if then != now:
+        yield f"{what} had sha256 {str(then)[:12]}..., now {str(now)[:12]}..."
+
+
+def _same(name: str, own: Any, recorded: Any) -> bool:
+    if name in FLAGS and isinstance(own, list) and isinstance(recorded, list):
+        return len(own) == len(recorded) and all(_same_addition(name, *pair) for pair in zip(own, map(str, recorded), strict=True))
+    return bool(_plain(own) == _plain(recorded))
+
+
+def _same_addition(flag: str, own: str, recorded: str) -> bool:
+    """Whether an entry of --lora or --embedding means the recorded one, in which the weight or word as used is written out."""
+    if own == recorded:
+        return True
+    then, _, said = recorded.rpartition(":")
+    if flag == "lora":
+        path, weight = lora_spec(own)
+        return (path, repr(weight)) == (then, said)
+    path, word = embedding_spec(own)
+    return path == then and word in (None, said)
 
 
 def _plain(value: Any) -> Any:

@@ -125,6 +125,18 @@ def test_drawn_pictures_are_kept_gone_on_with_and_drawn_anew_for_another_model(t
         DrawnPictures([], pictures=3, **options)
 
 
+def test_a_cache_of_drawn_pictures_sees_each_of_them_and_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"pictures": 3, "ckpt": str(write_model(tmp_path / "model")), "steps": 1, "scale": 1.0, "cache_dir": "drawn"}
+    data = DrawnPictures(["a red heart", "two rings"], **options)
+    assert data.facts(1) == {"caption": "two rings"}
+    content = data.content(tmp_path / "memo.json")
+    assert DrawnPictures(["a red heart", "two rings"], **options).content(tmp_path / "memo.json") == content
+    assert DrawnPictures(["a red heart", "two moons"], **options).content() != content
+    Image.new("RGB", (64, 64)).save(data.path(1))  # neither the first nor the last
+    assert data.content(tmp_path / "memo.json") != content
+
+
 def test_what_is_drawn_can_be_the_captions_of_a_data_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"pictures": 2, "ckpt": str(write_model(tmp_path / "model")), "steps": 1, "scale": 1.0, "cache_dir": "drawn"}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ldm.inference.facts import ModelFacts
     from ldm.inference.pipeline import Pipeline
     from ldm.inference.prompts import Batch, PromptLine
+    from ldm.inference.sharding import Share
 
 _WEIGHTS = (WEIGHTS_NAME, "model.ckpt", "last.ckpt")  # beside a config.yaml
 _FILE_OF = {"layout": "layout", "semantic": "segmentation"}  # kind -> the flag that names its condition
@@ -101,6 +102,7 @@ class SampleDiffusion(Task):
         problems = wrong_kind(self.name, options.config, ("class", "layout", "semantic", "unconditional"))
         if options.batch_size < 1:
             problems.append(f"--batch_size {options.batch_size} must be at least 1")
+        problems += _batch_problems(options)
         if options.vanilla_sample and (options.sampler != "ddpm" or (facts is not None and options.steps != facts.timesteps)):
             problems.append("--vanilla_sample is DDPM along all timesteps: leave out --sampler and --custom_steps, or take --sampler ddpm")
         if options.skip_save and not options.skip_npz:
@@ -149,6 +151,18 @@ def _label(text: str) -> int:
     if match is None:
         raise UserError(f"the record of the batch is damaged: {text!r} names no class")
     return int(match[1])
+
+
+def _batch_problems(options: SampleOptions) -> list[str]:
+    """A batch that no record could hold."""
+    largest = min(options.batch_size, options.n_samples)
+    if largest <= SampleOptions.batch_size:  # `record` imports torch, which most calls need not wait for here
+        return []
+    from ldm.inference.record import _MOST_PICTURES
+
+    if largest <= _MOST_PICTURES:
+        return []
+    return [f"--batch_size {options.batch_size}: a picture records its whole batch, of at most {_MOST_PICTURES} pictures; give no more"]
 
 
 def _condition_problems(options: SampleOptions, facts: ModelFacts) -> list[str]:
@@ -215,12 +229,16 @@ def read_labels(path: str, width: int, height: int) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode not in ("L", "P", "I", "I;16", "1"):
                 raise UserError(f"label map {path!r} has colours ({image.mode}): it must be gray or have a palette, its values are classes")
-            resized = image.resize((width, height), Image.Resampling.NEAREST)
-            return np.asarray(resized).astype(np.int64)
+            labels = np.asarray(image.resize((width, height), Image.Resampling.NEAREST)).astype(np.int64)
     except FileNotFoundError:
         raise UserError(f"label map {path!r} does not exist") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"label map {path!r} is too large: at most {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels") from None
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
         raise UserError(f"label map {path!r} cannot be read: {error}") from None
+    if labels.min() < 0:
+        raise UserError(f"label map {path!r} has the value {labels.min()}: its values are classes, numbered from 0 on")
+    return labels
 
 
 def find_run(path: str) -> tuple[str, str]:
@@ -258,4 +276,20 @@ def _run(options: SampleOptions) -> None:
     if not options.skip_npz and not options.reproduce:
         from ldm.inference.npz import write_npz
 
-        say(f"npz: {write_npz(Path(options.outdir), summary.samples)}")
+        folder = Path(options.outdir)
+        say(f"npz: {write_npz(folder, summary.samples) if summary.share is None else _pack_run(summary.share, folder)}")
+
+
+def _pack_run(share: Share, folder: Path) -> str:
+    """Pack the run that several processes or calls draw, once all of it is there; gives the file, or why there is none yet."""
+    from ldm.inference.npz import write_npz
+
+    paths = share.paths()
+    missing = sum(not path.exists() or path.stat().st_size == 0 for path in paths)  # a name may be reserved for a moment
+    if missing:
+        who = "the process that draws the last of them packs all, and if it was stopped, a call with --continue does"
+        return f"not yet, {missing} of {len(paths)} pictures are still to be drawn; {who}"
+    if share.rank > 0 and not share.batches:
+        return "left to the other processes"
+    share.check_all()  # each process has looked at its own pictures only
+    return str(write_npz(folder, paths, once=True))
