@@ -38,9 +38,19 @@ def lora_spec(text: str) -> tuple[str, float]:
 def embedding_spec(text: str) -> tuple[str, str | None]:
     """(file, word) of an `--embedding`; None: the word that the file says, or its name."""
     path, word = split_spec(text)
+    file = next((text[:i] for i, sign in enumerate(text) if sign == ":" and Path(text[:i]).is_file()), path)
+    if word is not None and file != path and not Path(path).exists():
+        check_word(file, text[len(file) + 1 :])
     if word is not None and (not word.strip() or word.split() != [word]):
         raise UserError(f"--embedding {text!r}: {word!r} is no word: give FILE:WORD, such as {path}:<mine>")
     return path, word
+
+
+def check_word(path: str, word: str) -> None:
+    """Refuse a word with a colon, whoever says it: the record could not tell it from the name of its file."""
+    if ":" in word:
+        plain = word.replace(":", "") or "mine"
+        raise UserError(f"--embedding {path!r}: its word {word!r} has a colon: name another one by --embedding {path}:{plain}")
 
 
 def check_additions(lora: Sequence[str], embedding: Sequence[str]) -> list[str]:

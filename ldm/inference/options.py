@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 CHOICES = {
@@ -138,10 +139,17 @@ class Options:
 def recorded_options(options: Options) -> dict[str, Any]:
     """What a picture says about its flags: all that decides its pixels, nothing about where it was written."""
     left_out = set(_NOT_RECORDED)
-    if not options.own_model:
+    if not options.own_model and _is_shipped(options.config):
         left_out |= {"config", "ckpt"}
     record = {name: value for name, value in vars(options).items() if name not in left_out and value not in (None, [])}
     for name in ("config", "refiner_config"):
         if not isinstance(record.get(name, ""), str):  # found from the weights, and found again from them
             record.pop(name)
     return record
+
+
+def _is_shipped(config: Any) -> bool:
+    """Whether this config is found again where none is named: the shipped weights' own, or one made of it by other flags."""
+    from ldm.inference import facts
+
+    return not isinstance(config, str) or Path(config).resolve() == facts.SHIPPED_CONFIG.resolve()

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import reprlib
 import shlex
 import shutil
 import tempfile
@@ -114,7 +115,7 @@ def _write_temporary(folder: Path, data: bytes) -> str:
     return name
 
 
-def move_without_replacing(temporary: str, path: Path) -> bool:
+def move_without_replacing(temporary: str | Path, path: Path) -> bool:
     """False where `path` is taken. A hard link fails on an existing name; where links are not to be had, reserve the name."""
     try:
         os.link(temporary, path)
@@ -241,7 +242,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             text = getattr(image, "text", {}).get(METADATA_KEY)
     except FileNotFoundError:
         raise UserError(f"picture {name} does not exist") from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError) as error:
         raise UserError(f"picture {name} cannot be read: {error}") from None
     if text is None:
         raise UserError(
@@ -250,12 +251,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         )
     try:
         metadata = json.loads(text)
-        if metadata["format"] != _FORMAT:
-            raise UserError(f"picture {name} has metadata of format {metadata['format']!r}; this version reads {_FORMAT}")
-        valid = isinstance(metadata["options"], dict) and isinstance(metadata["batch"], dict)
-    except (KeyError, TypeError, json.JSONDecodeError):
-        valid = False
-    if not valid:
+    except (TypeError, ValueError, RecursionError):  # no JSON, a number of too many digits, brackets in brackets without end
+        metadata = None
+    if not isinstance(metadata, dict) or "format" not in metadata:
+        raise UserError(f"the {METADATA_KEY} of picture {name} is damaged")
+    if metadata["format"] != _FORMAT:
+        raise UserError(f"picture {name} has metadata of format {reprlib.repr(metadata['format'])}; this version reads {_FORMAT}")
+    if not all(isinstance(metadata.get(part), dict) for part in ("options", "batch")):
         raise UserError(f"the {METADATA_KEY} of picture {name} is damaged")
     return metadata
 

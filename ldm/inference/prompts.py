@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ class LineFlag:
 
     def complaint(self, value: Any) -> str | None:
         """What is wrong with `value`, None if nothing."""
+        if isinstance(value, int) and self.kind is float and abs(value) > sys.float_info.max:
+            return "is too large for a number"
         if self.count is None:
             return None if self._fits(value) else f"must be {self._wanted()}"
         if isinstance(value, list) and len(value) == self.count and all(map(self._fits, value)):
@@ -43,7 +46,7 @@ class LineFlag:
         if isinstance(value, str) or self.kind is str:
             return isinstance(value, str) and self.kind is str
         number = isinstance(value, (int,) if self.kind is int else (int, float)) and not isinstance(value, bool)
-        return number and math.isfinite(value) and self.low <= value <= self.high
+        return number and (isinstance(value, int) or math.isfinite(value)) and self.low <= value <= self.high  # isfinite takes no huge int
 
     def _wanted(self) -> str:
         if self.kind is str:
@@ -76,6 +79,7 @@ LINE_FLAGS = {
 }
 _SAME_AS = {"ddim_steps": "steps"}  # as on the command line; so are dashes and underscores
 _MOST_PROBLEMS = 5  # told at once of a file
+_LONGEST_SHOWN = 80  # characters of a wrong value
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,12 @@ def _read_line(row: str, number: int, allowed: Collection[str]) -> PromptLine:
         entries = json.loads(row, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise UserError(f"is not JSON ({error.msg} at character {error.pos + 1})") from None
+    except RecursionError:
+        raise UserError('is nested too deeply: it must be a flat object, such as {"prompt": "a red circle", "seed": 7}') from None
+    except UserError:  # of the hooks
+        raise
+    except ValueError:  # Python reads no more than 4300 digits
+        raise UserError("has a whole number of too many digits") from None
     if not isinstance(entries, dict):
         raise UserError('must be a JSON object, such as {"prompt": "a red circle", "seed": 7}')
     prompt = entries.pop("prompt", None)
@@ -153,7 +163,7 @@ def _read_line(row: str, number: int, allowed: Collection[str]) -> PromptLine:
     unknown = [key for key in entries if key not in allowed]
     if unknown:
         raise UserError(f"unknown key {', '.join(map(repr, unknown))}; allowed are prompt, {', '.join(sorted(allowed))}")
-    wrong = [f"{key} {json.dumps(value)} {why}" for key, value in entries.items() if (why := _complaint(key, value))]
+    wrong = [f"{key} {_shown(value)} {why}" for key, value in entries.items() if (why := _complaint(key, value))]
     if wrong:
         raise UserError(", ".join(wrong))
     return PromptLine(prompt, entries, number)
@@ -161,6 +171,12 @@ def _read_line(row: str, number: int, allowed: Collection[str]) -> PromptLine:
 
 def _complaint(key: str, value: Any) -> str | None:
     return LINE_FLAGS[key].complaint(value) if key in LINE_FLAGS else None
+
+
+def _shown(value: Any) -> str:
+    """As it stands in the file; its start where it is long."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import torch
 
 import ldm
 from ldm.inference.additions import FLAGS, split_spec
-from ldm.inference.facts import REPO
+from ldm.inference.facts import REPO, read_config
 from ldm.inference.options import Options, recorded_options
 from ldm.inference.prompts import MAX_SEED, Batch
 from ldm.util import CheckpointError, UserError
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _WEIGHTS = (".safetensors", ".bin", ".json", ".ckpt", ".pt", ".pth")  # what counts of a diffusers folder
 _MOST_PICTURES = 1024  # in a recorded batch
+_FOUND = "found from the weights"  # instead of a config's path
 
 
 def version() -> str:
@@ -56,8 +58,29 @@ def weights_hashes(options: Options) -> dict[str, dict[str, str]]:
     paths = {"model": options.ckpt, "vae": options.vae, "refiner": options.refiner}
     paths |= {f"{flag}{i}": split_spec(text)[0] for flag in FLAGS for i, text in enumerate(getattr(options, flag), 1)}
     found = {name: {"ckpt": shown(path), "sha256": weights_hash(path)} for name, path in paths.items() if path is not None}
-    found["model"]["config"] = shown(options.config) if isinstance(options.config, str) else "found from the weights"
+    for name, config in (("model", options.config), ("refiner", options.refiner_config)):
+        if (path := paths[name]) is not None:
+            found[name]["config"] = shown(config) if isinstance(config, str) else _FOUND
+            found[name]["config_sha256"] = config_hash(config, path)
     return found
+
+
+def config_hash(config: Any, ckpt: str | Path) -> str:
+    """SHA-256 of what a config says of its model, wherever it stands and however it is laid out.
+
+    A config found from the weights may name their folder, which may be moved: there `ckpt` is left out.
+    """
+    text = json.dumps(_with_text_keys(read_config(config)["model"]), sort_keys=True, default=str)
+    if not isinstance(config, (str, Path)):
+        text = text.replace(json.dumps(str(Path(ckpt))), '"."')
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _with_text_keys(value: Any) -> Any:
+    """As JSON has it; numbers and text among the keys of one mapping could not be sorted."""
+    if isinstance(value, Mapping):
+        return {str(key): _with_text_keys(item) for key, item in value.items()}
+    return [_with_text_keys(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def shown(path: str) -> str:
@@ -165,17 +188,35 @@ def check_record(
     parts = [("model", "ckpt", "weights"), ("vae", "vae", "first stage"), ("refiner", "refiner", "refiner")]
     parts += [(part, flag, f"file for --{flag}") for flag in FLAGS for part in weights if part.startswith(flag)]
     for part, flag, what in parts:
-        then, now = ((found.get(part) or {}).get("sha256") for found in (recorded, weights))
+        then, now = (_part(found, part).get("sha256") for found in (recorded, weights))
         if then != now:
             told = f"another {what}" if part != "model" else f"other {what}"
             raise UserError(f"{name} was drawn with {told} (sha256 {str(then)[:12]}...): name them by --{flag}")
+    for part, flag in (("model", "config"), ("refiner", "refiner_config")):
+        _check_config(_part(recorded, part), _part(weights, part), name, flag, _part(recorded, "versions").get("ldm") == version())
     for option, then in recorded_inputs(recorded).items():
         if inputs.get(option) != then:
             raise UserError(f"{name} was drawn from another {files.get(option, option)}: name it by --{option.replace('_', '-')}")
-    machine = recorded.get("machine") or {}
+    machine = _part(recorded, "machine")
     if machine.get("device") != device:
         log.warning("%s was drawn on %s: on %s the bits may differ", name, machine.get("device"), device)
     for package, now in (("ldm", version()), ("torch", str(torch.__version__))):
-        then = (recorded.get("versions") or {}).get(package)
+        then = _part(recorded, "versions").get(package)
         if then != now:
             log.warning("%s was drawn with %s %s: with %s the bits may differ", name, package, then, now)
+
+
+def _check_config(then: Mapping[str, Any], now: Mapping[str, Any], name: str, flag: str, same_version: bool) -> None:
+    """The config says the same of its model. Older records do not tell; what is found from weights, another version may find otherwise."""
+    told = then.get("config_sha256")
+    found = then.get("config") == _FOUND
+    if told is None or told == now.get("config_sha256") or (found and not same_version):
+        return
+    cure = f"leave out --{flag} and take away what lies beside the weights" if found else f"name that one by --{flag}"
+    raise UserError(f"{name} was drawn with another config ({then.get('config')}, sha256 {str(told)[:12]}...): {cure}")
+
+
+def _part(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An entry that must be a mapping; a picture may come from anywhere."""
+    part = record.get(name)
+    return part if isinstance(part, Mapping) else {}

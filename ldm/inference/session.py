@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ldm.inference import record
-from ldm.inference.additions import embedding_spec, lora_spec
+from ldm.inference.additions import check_word, embedding_spec, lora_spec
 from ldm.inference.facts import SHIPPED_CONFIG, read_config
 from ldm.inference.film import Film, film_bytes
 from ldm.inference.models import half_type, load_model, load_vae, pick_device, store_in_half
@@ -31,7 +31,7 @@ from ldm.inference.prompts import Batch, plan
 from ldm.inference.safety import SafetyFilter, Verdict, check_safety_files, load_safety
 from ldm.inference.tasks import get_task
 from ldm.inference.watermark import Watermarker
-from ldm.inference.weights.embedding_files import add_embeddings
+from ldm.inference.weights.embedding_files import add_embeddings, read_embedding
 from ldm.inference.weights.lora_files import merge_loras
 from ldm.models.tiling import Tiling
 from ldm.util import UserError, trust
@@ -79,6 +79,8 @@ class Session:
         safety_path = options.safety_ckpt or SHIPPED_CONFIG.parent
         if options.safety != "off":
             check_safety_files(safety_path)
+        for path, word in map(embedding_spec, options.embedding):
+            check_word(path, word or read_embedding(path).word)
         trust(*options.trust)
         if self.recorded is not None:
             name, device = str(options.reproduce), self.device.type
@@ -174,6 +176,7 @@ class Session:
     def pictures(self, batch: Batch) -> list[Picture]:
         """Draw a batch and finish it; only the picture asked for when one is drawn again."""
         options = self.options_of(batch)
+        _ = self.weights  # hashed before drawing: what is wrong with a file must not cost a batch
         pipeline = self.pipeline(options)
         film = Film(options.progress_every) if options.save_progress else None
         with threads(self.threads):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.inference.additions import check_additions, embedding_spec, lora_spec, moved, split_spec
+from ldm.inference.additions import check_additions, check_word, embedding_spec, lora_spec, moved, split_spec
 from ldm.inference.checkpoint import read_state_dict
 from ldm.inference.cli import main
 from ldm.inference.output import read_metadata
@@ -119,6 +119,36 @@ def test_a_word_that_no_prompt_has_is_told(draw, files, caplog):
     assert "no prompt has the word '<yours>'" in caplog.text
 
 
+def test_a_word_with_a_colon_is_refused_before_weights_are_read(draw, files, capsys, monkeypatch):
+    """Whoever says it, the file's contents, its name or the flag: `FILE:WORD` of the record could not be read back."""
+    from ldm.inference import session
+
+    vectors = (torch.zeros(1, 32),)
+    write_embedding("said.safetensors", Embedding("a:b", vectors))
+    monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("weights were read"))
+    for flag in ("said.safetensors", "mine.safetensors:a:b"):
+        draw("--prompt", "a ring", "--embedding", flag, code=2)
+        told, path = capsys.readouterr().err, flag.partition(":")[0]
+        assert f"--embedding '{path}': its word 'a:b' has a colon: name another one by --embedding {path}:ab" in told
+    with pytest.raises(UserError, match="has a colon"):
+        check_word("a:b.safetensors", "a:b")
+    Path("a:b.safetensors").touch()
+    assert embedding_spec("a:b.safetensors:<x>") == ("a:b.safetensors", "<x>")
+
+
+def test_files_are_hashed_before_anything_is_drawn(draw, files, capsys, monkeypatch):
+    from ldm.inference import record
+    from ldm.inference.pipeline import Pipeline
+
+    def missing(options):
+        raise UserError("cannot be hashed")
+
+    monkeypatch.setattr(record, "weights_hashes", missing)
+    monkeypatch.setattr(Pipeline, "draw", lambda *_: pytest.fail("a batch was drawn"))
+    draw("--prompt", "a ring", code=2)
+    assert "cannot be hashed" in capsys.readouterr().err
+
+
 def test_spelling(files):
     Path("a:b.safetensors").touch()
     assert split_spec("a:b.safetensors") == ("a:b.safetensors", None) and split_spec("a:b.safetensors:2") == ("a:b.safetensors", "2")
@@ -132,3 +162,22 @@ def test_spelling(files):
     with pytest.raises(UserError, match="was tampered with"):
         moved("lora", [3], None)
     assert check_additions(["one.safetensors"], ["mine.safetensors"]) == []
+
+
+def test_a_run_with_additions_goes_on(draw):
+    """What the flags leave open and the pictures record does not make them pictures of another run."""
+    flags = [
+        "--prompt",
+        "a <mine> on red",
+        "--lora",
+        "one.safetensors",
+        "two.safetensors:.5",
+        "--embedding",
+        "mine.safetensors",
+        "--steps",
+        "2",
+    ]
+    (picture,) = draw(*flags)
+    assert read_metadata(picture)["options"]["lora"] == ["one.safetensors:1.0", "two.safetensors:0.5"]
+    assert draw(*flags, "--continue") == []
+    draw(*flags[:-4], "--embedding", "mine.safetensors:<other>", *flags[-2:], "--continue", code=2)

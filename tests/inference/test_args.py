@@ -17,6 +17,7 @@ from ldm.inference.args import parse
 from ldm.inference.facts import REPO, ModelFacts, read_facts
 from ldm.inference.options import recorded_options
 from ldm.inference.output import OutputFolder, metadata_texts
+from ldm.inference.tasks import get_task
 from ldm.util import ConfigError, UserError
 from tests.inference.tiny import DATA
 
@@ -239,6 +240,93 @@ def test_guidance_needs_a_class_that_stands_for_nothing(tmp_path: Path):
         parse("sample_diffusion", [*base, plain, "--scale", "3"])
 
 
+# ---------------------------------------------------------------------- the YAML's `sampling:` and what follows from flags
+@pytest.fixture
+def zoo_model(tmp_path: Path):
+    """Flags that name a shipped YAML, with these defaults under `sampling:`, and weights that are never read."""
+
+    def call(config: str, **sampling: object) -> list[str]:
+        content = yaml.safe_load((REPO / config).read_text())
+        (tmp_path / "zoo.yaml").write_text(yaml.safe_dump({**content, **({"sampling": sampling} if sampling else {})}))
+        (tmp_path / "zoo.ckpt").write_bytes(b"")
+        return ["--config", str(tmp_path / "zoo.yaml"), "--ckpt", str(tmp_path / "zoo.ckpt"), "--safety", "off"]
+
+    return call
+
+
+CLASSES, FACES = "configs/latent-diffusion/cin256-v2.yaml", "models/ldm/celeba256/config.yaml"
+
+
+@pytest.mark.parametrize("sampling", [{}, {"sampler": "ddim"}], ids=["none", "own"])
+@pytest.mark.parametrize("name", ["ddim", "DDIM", " Ddim"])
+def test_the_spelling_of_a_sampler_decides_nothing(zoo_model, name: str, sampling: dict[str, object]):
+    options = parse("sample_diffusion", [*zoo_model(FACES, **sampling), "--sampler", name])
+    assert (options.sampler, options.ddim_eta) == ("ddim", 1.0)
+    options = parse("sample_diffusion", [*zoo_model(FACES, sampler=name), "-n", "1"])
+    assert (options.sampler, options.ddim_eta) == ("ddim", 1.0)
+    assert parse("sample_diffusion", [*zoo_model(FACES, **sampling), "--sampler", "PLMS"]).ddim_eta is None
+    with pytest.raises(UserError, match=r"^unknown sampler 'DDIMM': did you mean ddim"):
+        parse("sample_diffusion", [*zoo_model(FACES, **sampling), "--sampler", "DDIMM"])
+
+
+def test_what_follows_from_flags_wins_over_the_yaml(zoo_model):
+    def classes(*numbers: int, **sampling: object) -> tuple[int, int, bool, float]:
+        flags = ["--classes", *map(str, numbers)] if numbers else []
+        options = parse("sample_diffusion", [*zoo_model(CLASSES, steps=5, **sampling), *flags])
+        assert len(options.prompts) == options.n_samples and options.steps == 5
+        return options.n_samples, options.columns, options.skip_grid, options.scale
+
+    assert classes(*range(12)) == (12, 10, False, 1.5) and classes(*range(7)) == (7, 7, False, 1.5)
+    assert classes(3) == classes() == (4, 4, False, 1.5), "the YAML's defaults stand above the task's"
+    assert classes(n_samples=200, scale=3.0) == (200, 10, True, 3.0)
+    assert classes(*range(12), n_samples=2) == (12, 10, False, 1.5)
+    for sampling in ({"sampler": "ddim", "steps": 5}, {"sampler": "euler_a", "steps": 5, "ddim_eta": 0.5}):
+        options = parse("sample_diffusion", [*zoo_model(FACES, **sampling), "--vanilla_sample"])
+        assert (options.sampler, options.steps, options.ddim_eta) == ("ddpm", 1000, None)
+        assert parse("sample_diffusion", [*zoo_model(FACES, **sampling)]).ddim_eta == sampling.get("ddim_eta", 1.0)
+        assert parse("sample_diffusion", [*zoo_model(FACES, **sampling), "--sampler", "plms"]).ddim_eta is None
+        assert parse("sample_diffusion", [*zoo_model(FACES, **sampling), "--sampler", "ddim"]).ddim_eta == 1.0
+
+
+def test_a_model_that_cannot_be_guided_is_not_whatever_its_yaml_says(zoo_model, tmp_path: Path):
+    for name in ("one", "two"):
+        Image.new("RGB", (64, 64), "white").save(tmp_path / f"{name}.png")
+    one, two = str(tmp_path / "one.png"), str(tmp_path / "two.png")
+    assert parse("upscale", [*zoo_model("models/ldm/bsr_sr/config.yaml", scale=3.0), "--init-img", one]).scale == 1.0
+    inpaint = zoo_model("models/ldm/inpainting_big/config.yaml", scale=3.0, steps=7)
+    options = parse("inpaint", [*inpaint, "--init-img", one, "--mask", two])
+    assert (options.scale, options.steps, options.strength) == (1.0, 7, 1.0)
+    depth = zoo_model("configs/stable-diffusion/v2-midas-inference.yaml", scale=3.0)
+    options = parse("depth2img", [*depth, "--init-img", one, "--prompt", "x"])
+    assert (options.strength, options.scale) == (0.9, 3.0), "only what follows from --depth alone is drawn from pure noise"
+
+
+def test_shares_between_two_pictures_say_how_many_there_are(zoo_model, tmp_path: Path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    base = zoo_model("configs/stable-diffusion/v2-1-stable-unclip-h-inference.yaml", steps=3, n_samples=2)
+    pair = ["--init-img", str(tmp_path / "a.png"), "--second_img", str(tmp_path / "a.png")]
+    options = parse("unclip", [*base, *pair, "--mix", "0", "0.5", "1"])
+    assert (options.n_samples, options.steps, options.fixed_code) == (3, 3, True)
+    assert parse("unclip", [*base, *pair]).n_samples == 2
+
+
+def test_a_line_with_its_own_picture_is_resolved_as_a_run(zoo_model, tmp_path: Path):
+    """The YAML's --ddim_eta is of its own sampler; a line with another one says none."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    base = zoo_model("configs/stable-diffusion/v2-inference.yaml", sampler="ddim", ddim_eta=0.5)
+    lines = [{"prompt": "x", "init_img": str(tmp_path / "a.png"), **more} for more in ({}, {"sampler": "PLMS"}, {"sampler": "DDIM"})]
+    found = parse("img2img", [*base, "--from-file", jsonl(tmp_path, *lines)])
+    assert found.ddim_eta == 0.5
+    assert [line.overrides.get("ddim_eta", 0.5) for line in found.prompts] == [0.5, None, 0.5]
+
+
+def test_a_folder_of_pairs_without_a_model_is_told_of_the_model(tmp_path: Path):
+    for name in ("a", "a_mask"):
+        Image.new("RGB", (64, 64), "white").save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match=r"^checkpoint 'missing\.ckpt' does not exist: check --ckpt$"):
+        parse("inpaint", ["--indir", str(tmp_path), "--ckpt", "missing.ckpt", "--safety", "off"])
+
+
 def test_guidance_of_single_lines_is_looked_at(ckpt: str, tmp_path: Path):
     base = ["--ckpt", ckpt, "--safety", "off", "--negative_prompt", "blue", "--scale", "1", "--from-file"]
     assert parse("txt2img", [*base, jsonl(tmp_path, {"prompt": "x", "scale": 3}, {"prompt": "y"})]).negative_prompt == "blue"
@@ -345,10 +433,73 @@ def test_reproduce_goes_with_no_flag_that_changes_the_picture(ckpt: str, tmp_pat
         parse("img2img", ["--reproduce", picture(ckpt, tmp_path)])
 
 
-@pytest.mark.parametrize("change", [{"steps": "3"}, {"seed": True}, {"rng": "other"}, {"safety": "none"}, {"precision": "fp8"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": "3"},
+        {"seed": True},
+        {"rng": "other"},
+        {"safety": "none"},
+        {"precision": "fp8"},
+        {"original_size": ["a", 1]},
+        {"crop": [True, 1]},
+        {"target_size": 3},
+        {"config": 5},
+        {"refiner_config": {"model": {}}},
+        {"aesthetic_score": 10**400},
+        {"steps": 10**400},
+        {"safety_ckpt": "a\0b"},
+        {"vae": 5000 * "x"},
+        {"refiner": "a\0b"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_a_tampered_record_is_refused(ckpt: str, tmp_path: Path, change: dict[str, object]):
     with pytest.raises(UserError, match="tampered"):
         parse("txt2img", ["--reproduce", picture(ckpt, tmp_path, **change)])
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "value", "right"),
+    [("unclip", "mix", ["x"], [0, 0.5]), ("sample_diffusion", "classes", ["x"], [3]), ("unclip", "mix", [[0.5]], [1.0])],
+)
+def test_lists_of_a_record_are_looked_into(tmp_path: Path, task: str, name: str, value: object, right: object):
+    def kept(value: object) -> object:
+        texts = {"ldm_metadata": json.dumps({"format": 1, "options": {"task": task, name: value}, "batch": {}})}
+        path = OutputFolder(tmp_path).save_sample(np.zeros((8, 8, 3), np.uint8), texts)
+        return module.from_picture(get_task(task), {"reproduce": str(path)})[name]
+
+    with pytest.raises(UserError, match=f"tampered with: its record says {name} = "):
+        kept(value)
+    assert kept(right) == right
+
+
+def test_what_a_record_leaves_out_is_the_default_of_the_class(zoo_model, tmp_path: Path):
+    """Not the task's: `ddim_eta` 1 of sample_diffusion would be drawn instead of the sampler's own, which is not recorded."""
+    base = zoo_model("models/ldm/celeba256/config.yaml")
+    options = parse("sample_diffusion", [*base, "-n", "1"])
+    assert options.ddim_eta == 1.0
+    for eta in (None, 0.25):
+        said = json.loads(json.dumps(recorded_options(dataclasses.replace(options, ddim_eta=eta))))
+        texts = {"ldm_metadata": json.dumps({"format": 1, "options": said, "batch": {}})}
+        path = OutputFolder(tmp_path).save_sample(np.zeros((8, 8, 3), np.uint8), texts)
+        again = parse("sample_diffusion", ["--reproduce", str(path)])
+        assert again.ddim_eta == eta
+        assert recorded_options(again) == recorded_options(dataclasses.replace(options, ddim_eta=eta))
+
+
+def test_another_config_beside_the_shipped_weights_is_recorded(shipped: Path, tmp_path: Path):
+    weights, other = str(shipped / "model.safetensors"), tmp_path / "other.yaml"
+    other.write_text(TINY.read_text())
+    assert not {"config", "ckpt"} & set(recorded_options(parse("txt2img", [])))
+    assert not {"config", "ckpt"} & set(recorded_options(parse("txt2img", ["--prompt", "x", "--ckpt", weights])))
+    options = parse("txt2img", ["--prompt", "x", "--ckpt", weights, "--config", str(other)])
+    said = json.loads(json.dumps(recorded_options(options)))
+    assert (said["config"], said["ckpt"]) == (str(other), weights) and not options.own_model
+    texts = {"ldm_metadata": json.dumps({"format": 1, "options": said, "batch": {}})}
+    path = OutputFolder(tmp_path).save_sample(np.zeros((8, 8, 3), np.uint8), texts)
+    again = parse("txt2img", ["--reproduce", str(path)])
+    assert again.config == str(other) and recorded_options(again) == recorded_options(options)
 
 
 def test_a_picture_can_neither_widen_trust_nor_choose_the_folder(ckpt: str, tmp_path: Path):

@@ -128,13 +128,39 @@ def test_parameters_read_like_those_of_other_programs():
     }
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"format": 1}', '{"format": 1, "options": 3, "batch": {}}', '{"format": 99}'])
+HUGE = '{"format": 1, "options": {"seed": 1' + 5000 * "0" + '}, "batch": 3}'
+DEEP = '{"format": 1, "options": ' + 100_000 * "[" + 100_000 * "]" + ', "batch": {}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "{",
+        "[]",
+        "3",
+        '{"format": 1}',
+        '{"options": {}, "batch": {}}',
+        '{"format": 1, "options": 3, "batch": {}}',
+        '{"format": 99}',
+        HUGE,
+        DEEP,
+    ],
+    ids=lambda text: str(text)[:50],
+)
 def test_pictures_without_a_usable_record_are_refused(tmp_path: Path, text: str | None):
     path = OutputFolder(tmp_path).save_sample(PICTURE, {} if text is None else {"ldm_metadata": text})
     with pytest.raises(UserError, match=r"00000\.png"):
         read_metadata(path)
     with pytest.raises(UserError, match="does not exist"):
         read_metadata(tmp_path / "none.png")
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = OutputFolder(tmp_path).save_sample(PICTURE, metadata_texts(record()))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match=r"00000\.png' cannot be read: .*decompression bomb"):
+        read_metadata(path)
 
 
 def test_the_command_line_can_be_pasted():
