@@ -23,7 +23,7 @@ from ldm.util import CheckpointError, UserError
 log = logging.getLogger(__name__)
 
 _WEIGHTS = (".safetensors", ".bin", ".json", ".ckpt", ".pt", ".pth")  # what counts of a diffusers folder
-_MOST_PICTURES = 1024  # in a recorded batch
+MOST_PICTURES = 1024  # in a recorded batch
 _FOUND = "found from the weights"  # instead of a config's path
 
 
@@ -157,7 +157,7 @@ def recorded_batch(recorded: Mapping[str, Any], name: str) -> tuple[Batch, int]:
             and len(texts[0]) == len(texts[1]) == len(seeds)
             and isinstance(index, int)
             and isinstance(start, int)
-            and 0 <= index < len(seeds) <= _MOST_PICTURES
+            and 0 <= index < len(seeds) <= MOST_PICTURES
         )
     except (KeyError, TypeError):
         valid = False

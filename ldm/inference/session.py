@@ -84,7 +84,7 @@ class Session:
         trust(*options.trust)
         if self.recorded is not None:
             name, device = str(options.reproduce), self.device.type
-            record.check_record(self.recorded, name, self.weights, _hashes(inputs), self.task.files, device)
+            record.check_record(self.recorded, name, self.weights, input_hashes(inputs), self.task.files, device)
         self.safety = SafetyFilter(None if options.safety == "off" else load_safety(safety_path, self.device), options.safety)
         self.watermark = Watermarker(options.watermark, options.watermark_text)
         model_config, left_out = self.task.model_config(options, read_config(options.config)["model"])
@@ -215,7 +215,7 @@ class Session:
 
     def _describe(self, pictures: list[Picture], batch: Batch, options: Options, state: Sequence[bytes] | None) -> None:
         """The metadata."""
-        inputs = _hashes(self.inputs(options))
+        inputs = input_hashes(self.inputs(options))
         for picture in pictures:
             picture.record = record.describe(
                 options,
@@ -249,5 +249,5 @@ class Session:
         return rng_state(self.device)
 
 
-def _hashes(inputs: Mapping[str, np.ndarray]) -> dict[str, str]:
+def input_hashes(inputs: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {name: hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest() for name, pixels in inputs.items()}

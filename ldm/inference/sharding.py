@@ -111,12 +111,12 @@ class Share:
 
     def _input_hashes(self, batch: Batch, options: Options) -> dict[str, str]:
         """As the session records them."""
-        from ldm.inference.session import _hashes
+        from ldm.inference.session import input_hashes
         from ldm.inference.tasks import get_task
 
         key = json.dumps(batch.overrides, sort_keys=True)
         if key not in self._inputs:
-            self._inputs[key] = _hashes(get_task(options.task).read(options))
+            self._inputs[key] = input_hashes(get_task(options.task).read(options))
         return self._inputs[key]
 
 

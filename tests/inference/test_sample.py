@@ -129,7 +129,7 @@ def test_two_that_finish_at_once_leave_one_file(tmp_path: Path):
 
 # ---------------------------------------------------------------------- checks
 def test_a_batch_is_no_larger_than_its_record_may_be(draw, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(record, "_MOST_PICTURES", 20)
+    monkeypatch.setattr(record, "MOST_PICTURES", 20)
     assert draw("-n", "21", "--batch_size", "21") == 2
     assert capsys.readouterr().err == "error: --batch_size 21: a picture records its whole batch, of at most 20 pictures; give no more\n"
     assert not Path("out").exists()

@@ -15,7 +15,7 @@ from ldm.inference.cli import main
 from ldm.inference.noise import threads
 from ldm.inference.options import Options
 from ldm.inference.output import metadata_texts, png_bytes
-from ldm.inference.session import _hashes
+from ldm.inference.session import input_hashes
 from ldm.inference.sharding import share_of
 from ldm.inference.tasks import get_task
 from ldm.util import UserError
@@ -123,7 +123,7 @@ def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[
         share = share_of(options)
         assert share is not None
         for batch in share.batches:
-            facts = {"weights": record.weights_hashes(options), "inputs": _hashes(get_task(task).read(options))}
+            facts = {"weights": record.weights_hashes(options), "inputs": input_hashes(get_task(task).read(options))}
             texts = metadata_texts(record.describe(options, batch, 0, **facts, device="cpu", threads=1, rng_state=None))
             share.path(batch, 0).parent.mkdir(parents=True, exist_ok=True)
             share.path(batch, 0).write_bytes(png_bytes(np.zeros((64, 64, 3), np.uint8), texts))

@@ -158,11 +158,11 @@ def _batch_problems(options: SampleOptions) -> list[str]:
     largest = min(options.batch_size, options.n_samples)
     if largest <= SampleOptions.batch_size:  # `record` imports torch, which most calls need not wait for here
         return []
-    from ldm.inference.record import _MOST_PICTURES
+    from ldm.inference.record import MOST_PICTURES
 
-    if largest <= _MOST_PICTURES:
+    if largest <= MOST_PICTURES:
         return []
-    return [f"--batch_size {options.batch_size}: a picture records its whole batch, of at most {_MOST_PICTURES} pictures; give no more"]
+    return [f"--batch_size {options.batch_size}: a picture records its whole batch, of at most {MOST_PICTURES} pictures; give no more"]
 
 
 def _condition_problems(options: SampleOptions, facts: ModelFacts) -> list[str]:
