@@ -250,4 +250,5 @@ class Session:
 
 
 def input_hashes(inputs: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """SHA-256 of the pixels of every picture that a task has read, by name."""
     return {name: hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest() for name, pixels in inputs.items()}
