@@ -14,7 +14,11 @@ REPO = Path(__file__).resolve().parents[2]
 SHIPPED_CONFIG = REPO / "models" / "shapes" / "config.yaml"
 WEIGHTS_NAME = "model.safetensors"  # beside its config.yaml
 SHIPPED_WEIGHTS = SHIPPED_CONFIG.parent / WEIGHTS_NAME
-SAMPLING_KEYS = {"sampler", "steps", "scale", "ddim_eta", "spacing", "guidance_rescale", "n_samples", "n_iter"}  # of a YAML's `sampling:`
+SAMPLING_KEYS: dict[str, tuple[tuple[type, ...], str]] = {  # of a YAML's `sampling:`
+    **dict.fromkeys(("sampler", "spacing"), ((str,), "a name")),
+    **dict.fromkeys(("steps", "n_samples", "n_iter"), ((int,), "a whole number")),
+    **dict.fromkeys(("scale", "ddim_eta", "guidance_rescale"), ((int, float), "a number")),
+}
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,13 @@ def read_facts(config: str | Path | Mapping[str, Any]) -> ModelFacts:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{name} is not of a latent diffusion model ({type(error).__name__}: {error})") from None
-    if unknown := sorted(set(facts.sampling) - SAMPLING_KEYS):
+    if unknown := sorted(set(facts.sampling) - set(SAMPLING_KEYS)):
         known = ", ".join(sorted(SAMPLING_KEYS))
         raise ConfigError(f"{name}: sampling has unknown keys {', '.join(unknown)}; known are {known}")
+    for key, value in facts.sampling.items():
+        types, kind = SAMPLING_KEYS[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+            raise ConfigError(f"{name}: sampling.{key} is {value!r}; it must be {kind}")
     return facts
 
 

@@ -388,7 +388,20 @@ def _facts(**params: object) -> ModelFacts:
         return read_facts(file.name)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "model: 3", "model: {params: {}}", "model: {", "a: ${b}", "sampling: {stepz: 3}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "model: 3",
+        "model: {params: {}}",
+        "model: {",
+        "a: ${b}",
+        "sampling: {stepz: 3}",
+        "sampling: {steps: x}",
+        "sampling: {scale: true}",
+    ],
+)
 def test_a_config_of_something_else_is_refused(tmp_path: Path, text: str):
     if text.startswith("sampling"):
         text += "\n" + TINY.read_text().partition("sampling:")[0]

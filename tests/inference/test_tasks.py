@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ldm.inference.cli import main
 from ldm.inference.conditions import binary_mask
 from ldm.inference.facts import REPO
-from ldm.inference.output import read_metadata
+from ldm.inference.output import METADATA_KEY, read_metadata, write_new_png
 from ldm.inference.tasks import sample
 from ldm.inference.tasks.inpaint import load_mask
 from tests.inference.zoo import write_zoo_model
@@ -309,6 +309,19 @@ def test_pictures_become_four_times_as_large_whatever_their_size(run, small, mod
     options = read_metadata("out/samples/00000.png")["options"]
     assert (options["H"], options["W"]) == (64, 96) and main("upscale", ["--reproduce", "out/samples/00000.png", "--outdir", "again"]) == 0
     assert np.array_equal(picture("again/samples/00000.png"), drawn)
+
+
+def test_a_record_that_does_not_fit_its_small_picture_is_refused(run, small, capsys):
+    run("upscale", "x4", *small)
+    drawn = "out/samples/00000.png"
+    Image.open("one.png").resize((40, 13)).save("small.png")
+    assert main("upscale", ["--reproduce", drawn, "--outdir", "again"]) == 2
+    assert "'small.png' is 40x13, too large for a result of 96x64" in capsys.readouterr().err
+    record = read_metadata(drawn)
+    record["options"]["zoom"] = 0
+    write_new_png(Path("tampered.png"), picture(drawn), {METADATA_KEY: json.dumps(record)})
+    assert main("upscale", ["--reproduce", "tampered.png", "--outdir", "again"]) == 2
+    assert "the record says upscale by 0; this model is for upscale by 4" in capsys.readouterr().err
 
 
 def test_the_small_picture_and_the_noise_level_count(run, small):

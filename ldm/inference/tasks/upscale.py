@@ -56,7 +56,7 @@ class Upscale(Task):
 
     def resolve(self, values: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
         """The size of the result, with the padding that the network needs; the small picture's size times the factor."""
-        zoom = facts.factor // int(facts.params.get("reshuffle_patch_size") or 1)
+        zoom = zoom_of(facts)
         found = {**super().resolve(values, facts), "kind": facts.kind, "zoom": zoom, "prompt": ""}
         if facts.kind == "superresolution":
             found["scale"] = 1.0
@@ -78,6 +78,8 @@ class Upscale(Task):
             problems.append("upscaling needs a picture: --init-img FILE")
         if facts is None:
             return problems
+        if (options.kind, options.zoom) != (facts.kind, zoom_of(facts)):  # of a record: no flag says it
+            problems.append(f"the record says {options.kind} by {options.zoom}; this model is for {facts.kind} by {zoom_of(facts)}")
         if facts.kind == "superresolution":
             problems += text_problems(options)
         top = max_level(facts)
@@ -93,7 +95,10 @@ class Upscale(Task):
 
         assert options.init_img is not None
         image = np.asarray(load_image(options.init_img))
-        bottom, right = options.H // options.zoom - image.shape[0], options.W // options.zoom - image.shape[1]
+        height, width = image.shape[:2]
+        bottom, right = options.H // options.zoom - height, options.W // options.zoom - width
+        if min(bottom, right) < 0:
+            raise UserError(f"small picture {options.init_img!r} is {width}x{height}, too large for a result of {options.W}x{options.H}")
         return {"init_img": np.pad(image, ((0, bottom), (0, right), (0, 0)), mode="edge")}
 
     def condition(self, pipeline: Pipeline, batch: Batch) -> Condition:
@@ -113,6 +118,11 @@ class Upscale(Task):
         entries = conditions.small_image(pipeline.model, image, own.noise_level, noise, pipeline.device)
         cond, uncond = (text if text is None else conditions.with_text(text, **entries) for text in pipeline.encode_text(batch))
         return Condition(cond, uncond, pipeline.latent_shape, finish=cut)
+
+
+def zoom_of(facts: ModelFacts) -> int:
+    """Pixels of the result per pixel of the small picture, along one side."""
+    return facts.factor // int(facts.params.get("reshuffle_patch_size") or 1)
 
 
 def max_level(facts: ModelFacts) -> int:
