@@ -16,7 +16,7 @@ import yaml
 from ldm import util
 from ldm.inference.checkpoint import load_weights, read_state_dict
 from ldm.inference.weights.prune import prune
-from ldm.processes import is_first, label, rank_and_world, started_by_another
+from ldm.processes import is_first, label, rank_and_world, stands_alone, started_by_another
 from ldm.training.distributed import use_strategy
 from ldm.training.sharding import find_blocks, find_networks
 from ldm.util import ConfigError, UserError, instantiate_from_config
@@ -323,6 +323,7 @@ def test_first_and_others() -> None:
     child = {"LOCAL_RANK": "1", "NODE_RANK": "2"}
     assert is_first({}) and not is_first(child) and not is_first({"NODE_RANK": "1"})
     assert started_by_another(child) and not started_by_another(spread.torchrun_variables(1, 2, 1))
+    assert stands_alone({}) and not stands_alone(child) and not stands_alone(spread.torchrun_variables(0, 2, 1))
     assert label({}) == "" and label(child) == " (node 2, process 1)" and label(spread.slurm_variables(3, 4, 1)) == " (process 3)"
     with pytest.raises(UserError, match="RANK=4 and WORLD_SIZE=4 are no process"):
         rank_and_world({"RANK": "4", "WORLD_SIZE": "4"})
