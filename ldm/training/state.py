@@ -91,10 +91,8 @@ def rng_state() -> dict[str, Any]:
         "numpy": {"name": str(name), "keys": torch.from_numpy(keys.astype(np.int64)), "rest": [float(x) for x in rest]},
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    elif torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
+    if (kind := _accelerator()) is not None:
+        state[kind] = torch.get_device_module(kind).get_rng_state()
     return state
 
 
@@ -105,18 +103,22 @@ def set_rng_state(state: dict[str, Any]) -> bool:
     position, has_gauss, gauss = numpy["rest"]
     np.random.set_state((numpy["name"], numpy["keys"].numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
     torch.set_rng_state(state["torch"].cpu())
-    if torch.cuda.is_available():
-        own = state.get("cuda")
-        if isinstance(own, (list, tuple)):  # of an earlier version: those of all devices
-            own = own[torch.cuda.current_device()] if torch.cuda.current_device() < len(own) else None
-        if own is None:
-            return False
-        torch.cuda.set_rng_state(own.cpu())
-    elif torch.backends.mps.is_available():
-        if "mps" not in state:
-            return False
-        torch.mps.set_rng_state(state["mps"].cpu())
+    if (kind := _accelerator()) is None:
+        return True
+    own = state.get(kind)
+    if isinstance(own, (list, tuple)):  # of an earlier version: those of all devices
+        place = torch.accelerator.current_device_index()
+        own = own[place] if place < len(own) else None
+    if own is None:
+        return False
+    torch.get_device_module(kind).set_rng_state(own.cpu())
     return True
+
+
+def _accelerator() -> str | None:
+    """The kind of accelerator that is in use, such as cuda or mps."""
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if there is None else there.type
 
 
 def seed_all(seed: int) -> None:
@@ -360,8 +362,8 @@ class LastCheckpoint(_AfterStep, Checkpoint):
         """The signal to act on; with several processes, the most urgent that any of them got."""
         number = _most_urgent(self._pending)
         if trainer.world_size > 1:
-            rank = 0 if number is None else number + (_STOPS_FIRST if _stops(number) else 0)
-            tensor = torch.tensor(float(rank), device=trainer.strategy.root_device)
+            urgency = 0 if number is None else number + (_STOPS_FIRST if _stops(number) else 0)
+            tensor = torch.tensor(float(urgency), device=trainer.strategy.root_device)
             torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
             number = int(tensor) % _STOPS_FIRST or None
         return number

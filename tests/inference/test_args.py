@@ -14,11 +14,11 @@ from PIL import Image
 from ldm.inference import args as module
 from ldm.inference import facts
 from ldm.inference.args import parse
-from ldm.inference.facts import REPO, ModelFacts, read_facts
+from ldm.inference.facts import REPO
 from ldm.inference.options import recorded_options
 from ldm.inference.output import OutputFolder, metadata_texts
 from ldm.inference.tasks import get_task
-from ldm.util import ConfigError, UserError
+from ldm.util import UserError
 from tests.inference.tiny import DATA
 
 TINY = DATA / "tiny_text2image.yaml"
@@ -367,47 +367,6 @@ def test_a_prompt_file_is_repeated_line_by_line(ckpt: str, tmp_path: Path):
     (tmp_path / "p.txt").write_text("a\n\n# b\nc\n")
     options = parse("txt2img", ["--ckpt", ckpt, "--safety", "off", "--from-file", str(tmp_path / "p.txt"), "--repeat", "2"])
     assert [line.prompt for line in options.prompts] == ["a", "a", "c", "c"]
-
-
-def test_facts_of_published_configs():
-    unet = {"params": {"channel_mult": [1, 2, 4, 4], "out_channels": 4}}
-    stage = {"params": {"ddconfig": {"ch_mult": [1, 2, 4, 4]}}}
-    assert _facts(image_size=64, channels=4, unet_config=unet, first_stage_config=stage).multiple == 64
-    assert _facts(image_size=[32, 32], channels=4, unet_config=unet, first_stage_config=stage).image_size == 32
-    patched = {"params": {"ddconfig": {"ch_mult": [1, 2, 2], "patch_size": 4}}}
-    assert _facts(image_size=16, unet_config=unet, first_stage_config=patched).factor == 16
-    assert _facts(image_size=16, unet_config=unet, first_stage_config={"target": "IdentityFirstStage"}).factor == 1
-
-
-def _facts(**params: object) -> ModelFacts:
-    import tempfile
-
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(yaml.safe_dump({"model": {"target": "x", "params": params}}))
-        file.flush()
-        return read_facts(file.name)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[1]",
-        "model: 3",
-        "model: {params: {}}",
-        "model: {",
-        "a: ${b}",
-        "sampling: {stepz: 3}",
-        "sampling: {steps: x}",
-        "sampling: {scale: true}",
-    ],
-)
-def test_a_config_of_something_else_is_refused(tmp_path: Path, text: str):
-    if text.startswith("sampling"):
-        text += "\n" + TINY.read_text().partition("sampling:")[0]
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"c\.yaml"):
-        read_facts(tmp_path / "c.yaml")
 
 
 # ---------------------------------------------------------------------- --reproduce

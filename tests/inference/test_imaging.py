@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from ldm.imaging import fit_image, from_uint8, image_grid, legal_neighbours, load_image, nearest_legal, to_tensor, to_uint8
+from ldm.inference.conditions import binary_mask
+from ldm.inference.tasks.inpaint import load_mask
 from ldm.util import UserError
 
 
@@ -67,6 +69,13 @@ def test_transparency_is_laid_on_white(tmp_path: Path):
     palette.save(tmp_path / "palette.png", transparency=3)
     for name in ("clear.png", "palette.png"):
         assert load_image(tmp_path / name).getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_what_is_transparent_in_a_mask_is_kept(tmp_path: Path):
+    strokes = np.zeros((8, 8, 4), np.uint8)
+    strokes[2:5, 3:6] = 255  # white strokes on a layer of their own
+    Image.fromarray(strokes).save(tmp_path / "strokes.png")
+    assert np.array_equal(binary_mask(np.asarray(load_mask(str(tmp_path / "strokes.png")))), strokes[..., 3] == 255)
 
 
 def test_sixteen_bit_gray_is_scaled(tmp_path: Path):

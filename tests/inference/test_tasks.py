@@ -14,11 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.inference.cli import main
-from ldm.inference.conditions import binary_mask
 from ldm.inference.facts import REPO
 from ldm.inference.output import METADATA_KEY, read_metadata, write_new_png
 from ldm.inference.tasks import sample
-from ldm.inference.tasks.inpaint import load_mask
 from tests.inference.zoo import write_zoo_model
 
 SD = "configs/stable-diffusion"
@@ -225,13 +223,6 @@ def test_a_mask_without_white_is_refused(zoo, folder: Path, capsys):
     Image.new("L", (64, 64), 100).save("mask.png")
     assert main("inpaint", ["--ckpt", zoo("big"), "--safety", "off", *PAIR]) == 2
     assert "has no white" in capsys.readouterr().err
-
-
-def test_what_is_transparent_in_a_mask_is_kept(tmp_path: Path):
-    strokes = np.zeros((8, 8, 4), np.uint8)
-    strokes[2:5, 3:6] = 255  # white strokes on a layer of their own
-    Image.fromarray(strokes).save(tmp_path / "strokes.png")
-    assert np.array_equal(binary_mask(np.asarray(load_mask(str(tmp_path / "strokes.png")))), strokes[..., 3] == 255)
 
 
 # ---------------------------------------------------------------------- depth2img

@@ -109,10 +109,11 @@ def test_more_processes_draw_noise_of_their_own() -> None:
 def test_noise_of_an_accelerator_that_the_checkpoint_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of a CPU, or of fewer devices, goes on with noise that no other process draws."""
     kept = {"own": torch.arange(3, dtype=torch.uint8)}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: kept["own"])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: kept.update(own=state))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
     state = rng_state()
     assert set_rng_state({**state, "cuda": state["cuda"] + 1}) and torch.equal(kept["own"], torch.arange(1, 4))
     assert set_rng_state({**state, "cuda": [torch.zeros(3), torch.ones(3)]}) and torch.equal(kept["own"], torch.ones(3)), "an old file"
